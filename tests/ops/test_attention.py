@@ -1,0 +1,199 @@
+"""The ragged attention op against its definition: values, gradients, dropout, types, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr_fast.ops.attention import attention, attention_reference
+from detr_fast.structures import offsets_of
+
+# (queries, keys) of each image
+RAGGED = [(5, 7), (0, 3), (4, 0), (1, 1), (6, 6)]
+EQUAL = [(4, 4), (4, 4), (4, 4)]
+CROSS = [(3, 9), (3, 2)]
+CASES = {
+    "ragged": RAGGED,
+    "equal": EQUAL,
+    "cross": CROSS,
+    "nothing": [(0, 0)],
+    "runs": [(2, 3), (2, 3), (5, 1), (5, 1)],
+}
+
+
+def arguments(
+    lengths: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float64,
+    widths: tuple[int, int] = (8, 8),
+    spare: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+    """Random inputs of two heads; ``spare`` rows lie past the last offset."""
+    torch.manual_seed(0)
+    queries, keys = [q for q, _ in lengths], [k for _, k in lengths]
+    query = torch.randn(sum(queries) + spare, 2, widths[0], dtype=torch.float64).to(dtype)
+    key = torch.randn(sum(keys) + spare, 2, widths[0], dtype=torch.float64).to(dtype)
+    value = torch.randn(sum(keys) + spare, 2, widths[1], dtype=torch.float64).to(dtype)
+    return query, key, value, offsets_of(queries), offsets_of(keys), max(queries), max(keys)
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 4)], ids=["one width", "two widths"])
+@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
+def test_output_and_log_sum_exp_are_the_definition(lengths: list[tuple[int, int]], widths: tuple[int, int]) -> None:
+    inputs = arguments(lengths, widths=widths, spare=2)
+    expected = attention_reference(*inputs[:5], scale=0.3)
+    found = torch.ops.detr_fast.attention(*inputs, 0.3, 0.0, None)
+    limit = 50 * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(found[0], expected[0], rtol=limit, atol=limit)
+    torch.testing.assert_close(found[1], expected[1], rtol=limit, atol=limit)
+
+
+def test_definition_is_softmax_attention() -> None:
+    query, key, value, *_ = arguments([(5, 7)])
+    offsets = offsets_of([5]), offsets_of([7])
+    heads = (x.transpose(0, 1)[None] for x in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads)[0].transpose(0, 1)
+    torch.testing.assert_close(attention_reference(query, key, value, *offsets)[0], expected)
+
+
+def test_queries_without_keys_give_zero() -> None:
+    output = attention(*arguments(RAGGED))
+    assert output[5:9].eq(0).all()
+    assert output[:5].ne(0).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["plain", "dropout"])
+@pytest.mark.parametrize("widths", [(4, 4), (4, 3)], ids=["one width", "two widths"])
+@pytest.mark.parametrize("lengths", [[(2, 3), (0, 1), (2, 0), (1, 1)], [(2, 2), (2, 2)]], ids=["ragged", "equal"])
+def test_gradient(lengths: list[tuple[int, int]], widths: tuple[int, int], dropout: float) -> None:
+    *tensors, query_offsets, key_offsets, max_query, max_key = arguments(lengths, widths=widths, spare=1)
+    tensors = [x.requires_grad_() for x in tensors]
+
+    def run(*leaves: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attention(*leaves, query_offsets, key_offsets, max_query, max_key, dropout=dropout)
+
+    assert torch.autograd.gradcheck(run, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_types(dtype: torch.dtype) -> None:
+    """The error of one rounding of inputs, weights and result each; scores and sums are kept in float32."""
+    inputs = arguments([(40, 70), (3, 130)], dtype)
+    wide = [x.double() for x in inputs[:3]]
+    expected, sums = attention_reference(*wide, *inputs[3:5])
+    output, found_sums = torch.ops.detr_fast.attention(*inputs, 8**-0.5, 0.0, None)
+    assert output.dtype == dtype
+    assert found_sums.dtype == torch.float32
+    limit = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), expected, rtol=limit, atol=limit * float(wide[2].abs().max()))
+    # PyTorch's fused kernel computes exponentials to 20 bits where the inputs are half types.
+    limit = 40 * (torch.finfo(torch.float32).eps if dtype == torch.float32 else 2**-20)
+    torch.testing.assert_close(found_sums.double(), sums, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("count", [17, 300, 900])
+def test_an_image_does_not_depend_on_its_neighbours(count: int) -> None:
+    lengths = [(count, count), (count, count), (7, 5), (count, 64)]
+    inputs = arguments(lengths, torch.float32)
+    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+    together = attention(*leaves, *inputs[3:])
+    together.square().sum().backward()
+    queries, keys = inputs[3].tolist(), inputs[4].tolist()
+    for image, (query_count, key_count) in enumerate(lengths):
+        parts = [slice(queries[image], queries[image + 1]), *[slice(keys[image], keys[image + 1])] * 2]
+        alone = [x[part].clone().requires_grad_() for x, part in zip(inputs[:3], parts, strict=True)]
+        offsets = offsets_of([query_count]), offsets_of([key_count])
+        output = attention(*alone, *offsets, query_count, key_count)
+        output.square().sum().backward()
+        assert torch.equal(output, together[parts[0]])
+        for leaf, own, part in zip(leaves, alone, parts, strict=True):
+            assert torch.equal(own.grad, leaf.grad[part])
+
+
+def test_dropout_drops_that_share_and_keeps_the_mean() -> None:
+    count = 400
+    query, key = torch.zeros(count, 2, 4), torch.zeros(count, 2, 4)  # every weight is 1 / count
+    value = torch.ones(count, 2, 4)
+    offsets = offsets_of([count])
+    torch.manual_seed(0)
+    output = attention(query, key, value, offsets, offsets, count, count, dropout=0.3)
+    # A row is a mean of `count` draws of 0 or 1 / 0.7; bounds are five standard deviations.
+    deviation = (0.3 / 0.7 / count) ** 0.5
+    assert (output - 1).abs().max() < 5 * deviation
+    assert abs(output.mean() - 1) < 5 * deviation / (2 * count) ** 0.5
+    assert output.std() > deviation / 2
+
+
+def test_dropout_follows_the_global_seed() -> None:
+    inputs = arguments(RAGGED)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return attention(*inputs, dropout=0.5)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    torch.manual_seed(1)
+    first, second = attention(*inputs, dropout=0.5), attention(*inputs, dropout=0.5)
+    assert not torch.equal(first, second)
+
+
+def test_strided_inputs() -> None:
+    """Heads of a packed projection, and a layout whose last dimension is not contiguous."""
+    query, key, value, *rest = arguments(RAGGED)
+    packed = torch.randn(len(key), 3, 2, 8, dtype=torch.float64)
+    packed[:, 1], packed[:, 2] = key, value
+    expected = attention(query, key, value, *rest)
+    assert torch.equal(attention(query, packed[:, 1], packed[:, 2], *rest), expected)
+    across = value.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert torch.equal(attention(query, key, across, *rest), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_opcheck(dropout: float) -> None:
+    seed = torch.tensor(5) if dropout else None
+    *tensors, query_offsets, key_offsets, max_query, max_key = arguments(RAGGED, torch.float32)
+    leaves = [x.requires_grad_() for x in tensors]
+    rest = (query_offsets, key_offsets, max_query, max_key, 0.5, dropout, seed)
+    torch.library.opcheck(torch.ops.detr_fast.attention.default, (*leaves, *rest))
+    plain = [x.detach() for x in leaves]
+    output, sums = torch.ops.detr_fast.attention(*plain, *rest)
+    torch.library.opcheck(
+        torch.ops.detr_fast.attention_backward.default, (torch.randn_like(output), *plain, output, sums, *rest)
+    )
+
+
+def test_compiles_once_for_all_segmentations() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(attention, backend=keep_graph, fullgraph=True)
+    query, key, value, *_ = arguments([(12, 16)], torch.float32)
+    for queries, keys in (([5, 7], [8, 8]), ([12, 0], [1, 15]), ([6, 6], [16, 0])):
+        offsets = offsets_of(queries), offsets_of(keys)
+        expected = attention(query, key, value, *offsets, 12, 16)
+        assert torch.equal(compiled(query, key, value, *offsets, 12, 16), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(5, 16)}, r"attention: query must be \[N, H, W\], got \[5, 16\]"),
+        ({1: torch.zeros(7, 2, 4)}, r"key must have query's heads and width \[2, 8\], got \[2, 4\]"),
+        ({2: torch.zeros(6, 2, 8)}, r"value must have key's tokens and heads \[7, 2\], got \[6, 2\]"),
+        ({2: torch.zeros(7, 2, 8).half()}, r"value must be of query's floating point type, got torch.float16"),
+        ({4: torch.tensor([0, 7])}, r"key_offsets must be \[B \+ 1\] int32 of one length, got \[2\] torch.int64"),
+        ({8: 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[int, object], message: str) -> None:
+    inputs: list[object] = [*arguments([(5, 7)], torch.float32), None, 0.0]
+    for place, wrong in change.items():
+        inputs[place] = wrong
+    with pytest.raises(ValueError, match=message):
+        attention(*inputs)  # type: ignore[arg-type]
