@@ -1,0 +1,28 @@
+"""What can be wrong with a data set: one fault, and the exception raised for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class DataFault(ValueError):
+    """A data set cannot be used as it is; the message names the file or image and the reason."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with one image or annotation."""
+
+    kind: str  # what is wrong, in a few words and the same for every fault of its kind
+    image: str  # file name of the image, or of the annotation file
+    detail: str  # what was found, with the numbers
+
+    def __str__(self) -> str:
+        return f"{self.image}: {self.detail}"
+
+
+def count_by_kind(faults: Iterable[Fault]) -> dict[str, int]:
+    """Number of faults of each kind, in order of first appearance."""
+    return dict(Counter(fault.kind for fault in faults))
