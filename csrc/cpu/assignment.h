@@ -1,0 +1,420 @@
+// Minimum-cost assignment by shortest augmenting paths on compact slots.
+//
+// A slot is a column that has a row. Only slots take part in the search: all free columns together are one number per
+// row, its best free cost, which only grows as columns are taken and is therefore refreshed when it is about to be
+// used. A scan costs O(slots) whatever the number of columns. Rows whose cheapest column nobody else wants never search.
+//
+// Ties: the lowest column of equal minima; the lowest row in the greedy phase; a free column before a taken one; then
+// the lowest slot. Forbidden pairs cost +infinity. A row that cannot be matched makes the cheapest row of its
+// alternating tree stay out; that tree is closed for good (Berge's lemma), and "frozen" below.
+//
+// Sources: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE TAES 52(4), 2016. One thread solves one problem.
+#pragma once
+
+#include "../kernels.h"
+#include "lanes.h"
+
+namespace detr::cpu {
+namespace {
+
+// Hands out arrays from one block of memory; with a null block it only measures.
+class Arena {
+ public:
+  explicit Arena(void* block) : base_(reinterpret_cast<uintptr_t>(block)) {}
+
+  template <typename E>
+  E* take(int64_t count) {
+    E* array = reinterpret_cast<E*>(base_ + used_);
+    used_ += round_up(count * sizeof(E), 64);
+    return array;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uintptr_t base_;
+  size_t used_ = 0;
+};
+
+template <typename T>
+struct Nearest {
+  T cost;
+  int64_t column;
+};
+
+// Cheapest column of a row; `taken` (+infinity where a column is gone) may be null. Lowest column among equals.
+template <typename T>
+DETR_HD Nearest<T> nearest_column(const T* cost, const T* taken, int64_t columns) {
+  constexpr int lanes = kLanes<T>;
+  const auto value_at = [=](int64_t j) -> Value<T> {
+    const int64_t count = columns - j;
+    Value<T> x = load_some<T>(cost + j, count, kInfinity<T>);
+    if (taken) x += load_some<T>(taken + j, count, kInfinity<T>);
+    return x;
+  };
+  Value<T> best = all_lanes(kInfinity<T>), best2 = best;
+  Index<T> where{}, where2{};
+  const Index<T> numbers = lane_numbers<T>();
+  // Two independent chains hide the latency of the comparison.
+  int64_t j = 0;
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+    const Value<T> x = value_at(j), y = value_at(j + lanes);
+    where = x < best ? numbers + Int<T>(j) : where;
+    best = smaller(x, best);
+    where2 = y < best2 ? numbers + Int<T>(j + lanes) : where2;
+    best2 = smaller(y, best2);
+  }
+  for (; j < columns; j += lanes) {
+    const Value<T> x = value_at(j);
+    where = x < best ? numbers + Int<T>(j) : where;
+    best = smaller(x, best);
+  }
+  const T least = smallest_lane(smaller(best, best2));
+  if (!(least < kInfinity<T>)) return {kInfinity<T>, -1};
+  const Index<T> none = all_lanes_index<T>(std::numeric_limits<Int<T>>::max());
+  const Index<T> first = best == least ? where : none, second = best2 == least ? where2 : none;
+  return {least, int64_t(smallest_lane(smaller(first, second)))};
+}
+
+// One problem, rows <= columns; cost entries are below kCostLimit or +infinity.
+template <typename T>
+class Solver {
+ public:
+  Solver(Arena& arena, int64_t rows, int64_t columns) : rows_(rows), columns_(columns), width_(round_up(rows, kLanes<T>)) {
+    best_cost_ = arena.take<T>(rows);
+    lowest_cost_ = arena.take<T>(rows);
+    key_ = arena.take<T>(width_);
+    slot_price_ = arena.take<T>(width_);
+    saved_price_ = arena.take<T>(width_);
+    distance_ = arena.take<T>(width_);
+    row_price_ = arena.take<T>(width_);
+    taken_ = arena.take<T>(columns);
+    gathered_ = arena.take<T>(rows * width_);
+    parent_ = arena.take<Int<T>>(width_);
+    best_column_ = arena.take<int32_t>(rows);
+    filled_ = arena.take<int32_t>(rows);
+    row_of_slot_ = arena.take<int32_t>(width_);
+    column_of_slot_ = arena.take<int32_t>(width_);
+    popped_ = arena.take<int32_t>(width_);
+    waiting_ = arena.take<int32_t>(rows);
+    frozen_ = arena.take<bool>(width_);
+  }
+
+  // column_of_row [rows], -1 where a row had to stay out; prices [rows] and [columns], or null.
+  void solve(const T* cost, int32_t* column_of_row, T* row_price, T* column_price) {
+    cost_ = cost;
+    if (row_price)
+      for (int64_t i = 0; i < rows_; ++i) row_price[i] = 0;
+    start_greedily();
+    if (waiting_count_ > 0) {
+      prepare_search();
+      for (int64_t k = 0; k < waiting_count_; ++k) search_from(waiting_[k]);
+    }
+    for (int64_t i = 0; i < rows_; ++i) column_of_row[i] = -1;
+    if (column_price)
+      for (int64_t j = 0; j < columns_; ++j) column_price[j] = 0;
+    for (int64_t k = 0; k < slots_; ++k) {
+      column_of_row[row_of_slot_[k]] = column_of_slot_[k];
+      if (row_price) row_price[row_of_slot_[k]] = row_price_[k];
+      if (column_price) column_price[column_of_slot_[k]] = waiting_count_ > 0 && frozen_[k] ? saved_price_[k] : slot_price_[k];
+    }
+  }
+
+ private:
+  static constexpr int32_t kRoot = -1;
+
+  const T* cost_row(int64_t row) const { return cost_ + row * columns_; }
+
+  void start_greedily() {
+    slots_ = waiting_count_ = 0;
+    std::memset(taken_, 0, columns_ * sizeof(T));
+    for (int64_t i = 0; i < rows_; ++i) {
+      const Nearest<T> nearest = nearest_column<T>(cost_row(i), nullptr, columns_);
+      lowest_cost_[i] = best_cost_[i] = nearest.cost;
+      best_column_[i] = int32_t(nearest.column);
+      if (nearest.column < 0) continue;  // no allowed pair: the row stays out at price 0
+      if (taken_[nearest.column] == 0) {
+        add_slot(int32_t(i), int32_t(nearest.column), nearest.cost);
+      } else {
+        waiting_[waiting_count_++] = int32_t(i);
+      }
+    }
+  }
+
+  void add_slot(int32_t row, int32_t column, T price) {
+    taken_[column] = kInfinity<T>;
+    row_of_slot_[slots_] = row;
+    column_of_slot_[slots_] = column;
+    row_price_[slots_] = price;
+    slot_price_[slots_] = 0;
+    ++slots_;
+  }
+
+  void prepare_search() {
+    for (int64_t i = 0; i < rows_; ++i) filled_[i] = 0;
+    for (int64_t k = slots_; k < width_; ++k) slot_price_[k] = 0;
+    for (int64_t k = 0; k < width_; ++k) frozen_[k] = false;
+  }
+
+  // Costs of a row at the slots' columns, +infinity beyond them; a row is gathered when it is first scanned.
+  const T* gathered_row(int32_t row) {
+    T* costs = gathered_ + row * width_;
+    if (filled_[row] == 0)
+      for (int64_t k = slots_; k < width_; ++k) costs[k] = kInfinity<T>;
+    const T* all = cost_row(row);
+    for (int64_t k = filled_[row]; k < slots_; ++k) costs[k] = all[column_of_slot_[k]];
+    filled_[row] = int32_t(slots_);
+    return costs;
+  }
+
+  // True if the row's best free column is still free; otherwise looks for the next best one.
+  bool best_is_free(int32_t row) {
+    if (best_column_[row] < 0 || taken_[best_column_[row]] == 0) return true;
+    const Nearest<T> nearest = nearest_column<T>(cost_row(row), taken_, columns_);
+    best_cost_[row] = nearest.cost;
+    best_column_[row] = int32_t(nearest.column);
+    return false;
+  }
+
+  bool is_popped(int64_t slot) const { return slot_price_[slot] == -kInfinity<T>; }
+
+  // Distance through the popped slot's row to its best free column. Rounding must not undercut what was popped before.
+  T exit_of(int64_t slot) const {
+    return larger((distance_[slot] - row_price_[slot]) + best_cost_[row_of_slot_[slot]], distance_[slot]);
+  }
+
+  // Relaxes all slots from a row at `distance`; returns the smallest key. Popped and frozen slots have price -infinity,
+  // which keeps their keys.
+  T relax_from(int32_t row, T price, T distance, Int<T> from) {
+    const T* costs = gathered_row(row);
+    const Value<T> base = all_lanes(distance - price), floor = all_lanes(distance);
+    const Index<T> parent = all_lanes_index<T>(from);
+    Value<T> least = all_lanes(kInfinity<T>);
+    for (int64_t k = 0; k < slots_; k += kLanes<T>) {
+      const Value<T> path = larger(base + (load<T>(costs + k) - load<T>(slot_price_ + k)), floor);
+      const Value<T> key = load<T>(key_ + k);
+      const Index<T> closer = path < key;
+      const Value<T> relaxed = closer ? path : key;
+      store<T>(key_ + k, relaxed);
+      store_index<T>(parent_ + k, closer ? parent : load_index<T>(parent_ + k));
+      least = smaller(relaxed, least);
+    }
+    return smallest_lane(least);
+  }
+
+  T smallest_key() const {
+    Value<T> least = all_lanes(kInfinity<T>);
+    for (int64_t k = 0; k < slots_; k += kLanes<T>) least = smaller(load<T>(key_ + k), least);
+    return smallest_lane(least);
+  }
+
+  // First slot with this key; one that leads to a free column wins over one that does not.
+  int64_t slot_with(T key) const {
+    const Int<T> later = Int<T>(1) << 24;
+    Index<T> best = all_lanes_index<T>(std::numeric_limits<Int<T>>::max());
+    for (int64_t k = 0; k < slots_; k += kLanes<T>) {
+      Index<T> number = lane_numbers<T>() + Int<T>(k);
+      number += load<T>(slot_price_ + k) == -kInfinity<T> ? Index<T>{} : all_lanes_index<T>(later);
+      best = (load<T>(key_ + k) == key) & (number < best) ? number : best;
+    }
+    const int64_t found = smallest_lane(best);
+    return found >= later ? found - later : found;
+  }
+
+  void search_from(int32_t root) {
+    for (int64_t k = 0; k < width_; k += kLanes<T>) store<T>(key_ + k, all_lanes(kInfinity<T>));
+    const T root_price = lowest_cost_[root];
+    T root_key = best_cost_[root] - root_price, distance = 0;
+    int32_t row = root, from = kRoot;
+    T price = root_price;
+    popped_count_ = 0;
+    for (;;) {
+      T least = relax_from(row, price, distance, from);
+      int64_t slot;
+      for (;;) {
+        if (root_key <= least && root_key < kInfinity<T>) {
+          slot = kRoot;
+          if (best_is_free(root)) break;
+          root_key = best_cost_[root] - root_price;
+          continue;
+        }
+        if (!(least < kInfinity<T>)) return leave_one_out(root);
+        slot = slot_with(least);
+        if (!is_popped(slot) || best_is_free(row_of_slot_[slot])) break;
+        key_[slot] = exit_of(slot);
+        least = smallest_key();
+      }
+      distance = slot == kRoot ? root_key : least;
+      if (slot == kRoot || is_popped(slot)) return augment(root, slot, distance);
+      row = row_of_slot_[slot];
+      price = row_price_[slot];
+      from = int32_t(slot);
+      pop(slot, distance);
+      key_[slot] = exit_of(slot);
+    }
+  }
+
+  void pop(int64_t slot, T distance) {
+    popped_[popped_count_++] = int32_t(slot);
+    distance_[slot] = distance;
+    saved_price_[slot] = slot_price_[slot];
+    slot_price_[slot] = -kInfinity<T>;
+  }
+
+  // Raises the prices of the tree's rows and lowers those of its columns until the path is tight.
+  void update_prices(T distance) {
+    for (int64_t n = 0; n < popped_count_; ++n) {
+      const int64_t slot = popped_[n];
+      const T slack = distance - distance_[slot];
+      row_price_[slot] += slack;
+      saved_price_[slot] -= slack;
+    }
+  }
+
+  // Every slot of the path takes over the row before it; the last one's own row has left it.
+  void shift_rows(int32_t root, T root_price, int64_t slot) {
+    while (slot != kRoot) {
+      const int64_t before = parent_[slot];
+      row_of_slot_[slot] = before == kRoot ? root : row_of_slot_[before];
+      row_price_[slot] = before == kRoot ? root_price : row_price_[before];
+      slot = before;
+    }
+  }
+
+  void augment(int32_t root, int64_t last, T distance) {
+    update_prices(distance);
+    for (int64_t n = 0; n < popped_count_; ++n) slot_price_[popped_[n]] = saved_price_[popped_[n]];
+    const T root_price = lowest_cost_[root] + distance;
+    const int32_t end = last == kRoot ? root : row_of_slot_[last];
+    const T end_price = last == kRoot ? root_price : row_price_[last];
+    shift_rows(root, root_price, last);
+    add_slot(end, best_column_[end], end_price);
+  }
+
+  // No free column can be reached: one row of the tree stays out, the one whose absence costs least. Staying out is a
+  // pair of its own with a cost above all sums; distances here are what lies above that cost. Rows of trees that were
+  // closed before may also be the one. Prices of rows that stay out are 0, of the other closed rows at most 0.
+  void leave_one_out(int32_t root) {
+    const int64_t tree = popped_count_;
+    T least = -lowest_cost_[root];
+    int64_t out = kRoot;
+    for (int64_t n = 0; n < tree; ++n) {
+      const int64_t slot = popped_[n];
+      const T exit = distance_[slot] - row_price_[slot];
+      if (exit < least || (exit == least && out != kRoot && slot < out)) least = exit, out = slot;
+    }
+    // Slots that were frozen before this search, reached through them.
+    relax_frozen(root, lowest_cost_[root], 0, kRoot);
+    for (int64_t n = 0; n < tree; ++n)
+      relax_frozen(row_of_slot_[popped_[n]], row_price_[popped_[n]], distance_[popped_[n]], popped_[n]);
+    for (;;) {
+      int64_t next = -1;
+      for (int64_t k = 0; k < slots_; ++k)
+        if (frozen_[k] && key_[k] < least && (next < 0 || key_[k] < key_[next])) next = k;
+      if (next < 0) break;
+      distance_[next] = key_[next];
+      key_[next] = kInfinity<T>;
+      frozen_[next] = false;  // in the tree now
+      popped_[popped_count_++] = int32_t(next);
+      const T exit = distance_[next] - row_price_[next];
+      if (exit < least) least = exit, out = next;
+      relax_frozen(row_of_slot_[next], row_price_[next], distance_[next], int32_t(next));
+    }
+    close_tree(root, out, least);
+  }
+
+  void relax_frozen(int32_t row, T price, T distance, int32_t from) {
+    const T* costs = gathered_row(row);
+    for (int64_t k = 0; k < slots_; ++k) {
+      if (!frozen_[k]) continue;
+      const T path = (distance - price) + (costs[k] - saved_price_[k]);
+      if (path < key_[k]) key_[k] = path, parent_[k] = from;
+    }
+  }
+
+  void close_tree(int32_t root, int64_t out, T distance) {
+    update_prices(distance);
+    for (int64_t n = 0; n < popped_count_; ++n) frozen_[popped_[n]] = true;
+    shift_rows(root, lowest_cost_[root] + distance, out);
+  }
+
+  int64_t rows_, columns_, width_;
+  int64_t slots_ = 0, waiting_count_ = 0, popped_count_ = 0;
+  const T* cost_ = nullptr;  // [rows, columns]
+  T *best_cost_, *lowest_cost_;                                     // [rows] best free cost; cost of the best column of all
+  T *key_, *slot_price_, *saved_price_, *distance_, *row_price_;    // [slots] price of a popped or frozen slot is saved
+  T* taken_;                                                        // [columns] +infinity where taken, else 0
+  T* gathered_;                                                     // [rows, width]
+  Int<T>* parent_;                                                  // [slots] slot whose row reached it first, or kRoot
+  int32_t *best_column_, *filled_;                                  // [rows]
+  int32_t *row_of_slot_, *column_of_slot_, *popped_, *waiting_;
+  bool* frozen_;
+};
+
+// Copies [rows, columns] with forbidden entries as +infinity, transposed if asked, and counts them.
+template <typename T>
+int64_t copy_allowed(const T* cost, int64_t rows, int64_t columns, bool transpose, T* to) {
+  int64_t forbidden = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const T x = cost[i * columns + j];
+      const bool allowed = magnitude(x) < kCostLimit<T>;
+      forbidden += !allowed;
+      to[transpose ? j * rows + i : i * columns + j] = allowed ? x : kInfinity<T>;
+    }
+  }
+  return forbidden;
+}
+
+template <typename T>
+bool has_forbidden(const T* cost, int64_t count) {
+  Index<T> bad{};
+  const Value<T> limit = all_lanes(kCostLimit<T>);
+  for (int64_t k = 0; k < count; k += kLanes<T>) {
+    const Value<T> x = load_some<T>(cost + k, count - k, T(0));
+    bad |= ~(magnitude(x) < limit);
+  }
+  return any_lane(bad);
+}
+
+// cost [targets, queries]; prices may be null. Returns whether any pair was forbidden.
+template <typename T>
+bool solve_problem(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price, T* query_price) {
+  const bool transpose = targets > queries;
+  const int64_t rows = transpose ? queries : targets, columns = transpose ? targets : queries;
+  const bool forbidden = has_forbidden<T>(cost, targets * queries);
+  const bool copy = forbidden || transpose;
+
+  Arena measure(nullptr);
+  Solver<T> unused(measure, rows, columns);
+  measure.take<T>(copy ? rows * columns : 0);
+  measure.take<int32_t>(rows);
+  Arena arena(scratch(Scratch::kSolver, measure.used()));
+  Solver<T> solver(arena, rows, columns);
+  T* copied = arena.take<T>(copy ? rows * columns : 0);
+  if (copy) copy_allowed<T>(cost, targets, queries, transpose, copied);
+
+  if (!transpose) {
+    solver.solve(copy ? copied : cost, query_of_target, target_price, query_price);
+    return forbidden;
+  }
+  int32_t* target_of_query = arena.take<int32_t>(rows);
+  solver.solve(copied, target_of_query, query_price, target_price);
+  for (int64_t t = 0; t < targets; ++t) query_of_target[t] = -1;
+  for (int64_t q = 0; q < queries; ++q)
+    if (target_of_query[q] >= 0) query_of_target[target_of_query[q]] = int32_t(q);
+  return forbidden;
+}
+
+template <typename T>
+void assign(const AssignmentArguments<T>& a, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = a.batch.offsets[p % a.batch.images], count = a.batch.offsets[p % a.batch.images + 1] - first;
+    const int64_t at = p / a.batch.images * a.batch.targets + first;
+    solve_problem<T>(a.cost + at * a.batch.queries, count, a.batch.queries, a.query_of_target + at,
+                     a.target_price ? a.target_price + at : nullptr,
+                     a.query_price ? a.query_price + p * a.batch.queries : nullptr);
+  }
+}
+
+}  // namespace
+}  // namespace detr::cpu

@@ -1,0 +1,196 @@
+// Matching cost of every target with the queries of its own image, and matching without storing it.
+// cost = box_weight * L1 + class_weight * class cost - giou_weight * GIoU, as in Carion et al. 2020, equation 2.
+// Queries run along the lanes; a problem's cost is written once, row by row.
+#pragma once
+
+#include "../core/class_cost.h"
+#include "assignment.h"
+#include "elements.h"
+#include "lane_math.h"
+
+namespace detr::cpu {
+namespace {
+
+constexpr bool is_softmax(ClassKind kind) { return kind == ClassKind::kSoftmax; }
+
+// Where a problem's numbers are.
+struct Problem {
+  int64_t layer, image, first_target, targets, first_query;
+
+  Problem(const Batch& batch, int64_t p)
+      : layer(p / batch.images),
+        image(p % batch.images),
+        first_target(batch.offsets[image]),
+        targets(batch.offsets[image + 1] - first_target),
+        first_query(p * batch.queries) {}
+};
+
+// exp(x - max) of a row in place; returns its sum. Lanes past `classes` must hold -infinity.
+template <typename T>
+DETR_HD T exponentials(T* row, int64_t classes, T* largest) {
+  Value<T> top = all_lanes(-kInfinity<T>);
+  for (int64_t c = 0; c < classes; c += kLanes<T>) top = larger(load<T>(row + c), top);
+  const T max = largest_lane(top);
+  Value<T> sum{};
+  for (int64_t c = 0; c < classes; c += kLanes<T>) {
+    const Value<T> e = LaneMath<T>::exp(load<T>(row + c) - max);
+    store<T>(row + c, e);
+    sum += e;
+  }
+  *largest = max;
+  return sum_of_lanes(sum);
+}
+
+template <typename T>
+DETR_HD void load_padded_row(const Elements& from, int64_t row, int64_t width, T fill, T* to) {
+  for (int64_t k = width; k < round_up(width, kLanes<T>); ++k) to[k] = fill;
+  load_row<T>(from, row, width, to);
+}
+
+// Class terms of one problem into cost [targets, queries].
+template <typename T>
+void class_costs(const CostArguments<T>& a, const Problem& problem, T* row, T* cost) {
+  const int64_t queries = a.batch.queries;
+  const int64_t* labels = a.labels + problem.first_target;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  for (int64_t q = 0; q < queries; ++q) {
+    load_padded_row<T>(a.logits, problem.first_query + q, a.classes, -kInfinity<T>, row);
+    T scale = 1;
+    if (is_softmax(a.kind)) {
+      T largest;
+      scale = -a.class_weight / exponentials<T>(row, a.classes, &largest);
+    }
+    for (int64_t t = 0; t < problem.targets; ++t) {
+      const bool known = labels[t] >= 0 && labels[t] < a.classes;
+      cost[t * queries + q] = known ? row[labels[t]] * scale : nan;
+    }
+  }
+  if (is_softmax(a.kind)) return;
+  for (int64_t k = 0; k < problem.targets * queries; k += kLanes<T>) {
+    const int64_t count = problem.targets * queries - k;
+    const Value<T> x = load_some<T>(cost + k, count, T(0));
+    const Value<T> term = focal_cost<LaneMath<T>>(x, a.alpha, a.gamma, a.kind == ClassKind::kFocalStable);
+    store_some<T>(cost + k, a.class_weight * term, count);
+  }
+}
+
+template <typename T>
+struct BoxLanes {
+  T *cx, *cy, *w, *h;  // [queries], padded to full vectors
+};
+
+template <typename V>
+DETR_HD V giou_or_nan(CentreBox<V> a, CentreBox<V> b) {
+  const V giou = giou_of(overlap_of(corners_of(a), corners_of(b)));
+  const V nan = giou * 0 + std::numeric_limits<float>::quiet_NaN();
+  const V least_side = smaller(smaller(a.w, a.h), smaller(b.w, b.h));
+  return least_side < 0 ? nan : giou;
+}
+
+// Adds L1 and GIoU terms of one target to its row of costs.
+template <typename T>
+void add_box_costs(const CostArguments<T>& a, const BoxLanes<T>& boxes, CentreBox<T> target, T* cost) {
+  const CentreBox<Value<T>> goal = {all_lanes(target.cx), all_lanes(target.cy), all_lanes(target.w), all_lanes(target.h)};
+  for (int64_t q = 0; q < a.batch.queries; q += kLanes<T>) {
+    const CentreBox<Value<T>> box = {load<T>(boxes.cx + q), load<T>(boxes.cy + q), load<T>(boxes.w + q),
+                                     load<T>(boxes.h + q)};
+    const int64_t count = a.batch.queries - q;
+    const Value<T> class_cost = load_some<T>(cost + q, count, T(0));
+    const Value<T> box_cost = a.box_weight * l1_distance(box, goal) + class_cost;
+    store_some<T>(cost + q, box_cost - a.giou_weight * giou_or_nan(box, goal), count);
+  }
+}
+
+template <typename T>
+DETR_HD CentreBox<T> target_box(const CostArguments<T>& a, int64_t target) {
+  const float* box = a.target_boxes + 4 * target;
+  return {T(box[0]), T(box[1]), T(box[2]), T(box[3])};
+}
+
+// Cost [targets, queries] of one problem.
+template <typename T>
+void problem_cost(const CostArguments<T>& a, const Problem& problem, T* work, T* cost) {
+  const int64_t padded = round_up(a.batch.queries, kLanes<T>);
+  const BoxLanes<T> boxes = {work, work + padded, work + 2 * padded, work + 3 * padded};
+  for (int64_t q = 0; q < padded; ++q) {
+    const CentreBox<T> box = q < a.batch.queries ? load_box<T>(a.boxes, problem.first_query + q) : CentreBox<T>{};
+    boxes.cx[q] = box.cx, boxes.cy[q] = box.cy, boxes.w[q] = box.w, boxes.h[q] = box.h;
+  }
+  class_costs(a, problem, work + 4 * padded, cost);
+  for (int64_t t = 0; t < problem.targets; ++t)
+    add_box_costs(a, boxes, target_box(a, problem.first_target + t), cost + t * a.batch.queries);
+}
+
+template <typename T>
+int64_t cost_work_size(const CostArguments<T>& a) {
+  return 4 * round_up(a.batch.queries, kLanes<T>) + round_up(a.classes, kLanes<T>);
+}
+
+// Which terms of a forbidden pair are at fault.
+template <typename T>
+int64_t terms_at_fault(const CostArguments<T>& a, int64_t query, int64_t target, T* row) {
+  int64_t terms = 0;
+  const int64_t label = a.labels[target];
+  load_padded_row<T>(a.logits, query, a.classes, -kInfinity<T>, row);
+  if (label < 0 || label >= a.classes) {
+    terms |= kLabelTerm;
+  } else {
+    T largest, term;
+    if (is_softmax(a.kind)) {
+      const T sum = exponentials<T>(row, a.classes, &largest);
+      term = row[label] / sum;
+    } else {
+      term = focal_cost<ScalarMath<T>>(row[label], a.alpha, a.gamma, a.kind == ClassKind::kFocalStable);
+    }
+    if (!(magnitude(a.class_weight * term) < kCostLimit<T>)) terms |= kClassTerm;
+  }
+  const CentreBox<T> box = load_box<T>(a.boxes, query), goal = target_box(a, target);
+  if (!(magnitude(a.box_weight * l1_distance(box, goal)) < kCostLimit<T>)) terms |= kBoxTerm;
+  if (!(magnitude(a.giou_weight * giou_or_nan(box, goal)) < kCostLimit<T>)) terms |= kGiouTerm;
+  return terms ? terms : int64_t(kSumTerm);
+}
+
+template <typename T>
+Forbidden find_forbidden(const CostArguments<T>& a, const Problem& problem, const T* cost, T* row) {
+  Forbidden found = {0, std::numeric_limits<int64_t>::max()};
+  if (!has_forbidden<T>(cost, problem.targets * a.batch.queries)) return found;
+  for (int64_t t = 0; t < problem.targets; ++t) {
+    for (int64_t q = 0; q < a.batch.queries; ++q) {
+      if (magnitude(cost[t * a.batch.queries + q]) < kCostLimit<T>) continue;
+      if (found.count++ > 0) continue;
+      const int64_t target = problem.first_target + t;
+      found.first = ((problem.layer << kTargetBits | target) << kQueryBits | q) << kTermBits |
+                    terms_at_fault(a, problem.first_query + q, target, row);
+    }
+  }
+  return found;
+}
+
+template <typename T>
+void matching_cost(const CostArguments<T>& a, T* cost, Forbidden* forbidden, int64_t begin, int64_t end) {
+  T* work = static_cast<T*>(scratch(Scratch::kCost, cost_work_size(a) * sizeof(T)));
+  for (int64_t p = begin; p < end; ++p) {
+    const Problem problem(a.batch, p);
+    T* own = cost + (problem.layer * a.batch.targets + problem.first_target) * a.batch.queries;
+    problem_cost(a, problem, work, own);
+    forbidden[p] = find_forbidden(a, problem, own, work);
+  }
+}
+
+template <typename T>
+void match(const CostArguments<T>& a, int32_t* query_of_target, Forbidden* forbidden, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    const Problem problem(a.batch, p);
+    forbidden[p] = {0, std::numeric_limits<int64_t>::max()};
+    if (problem.targets == 0) continue;
+    const int64_t size = round_up(problem.targets * a.batch.queries, kLanes<T>);
+    T* cost = static_cast<T*>(scratch(Scratch::kCost, (size + cost_work_size(a)) * sizeof(T)));
+    problem_cost(a, problem, cost + size, cost);
+    int32_t* result = query_of_target + problem.layer * a.batch.targets + problem.first_target;
+    if (solve_problem<T>(cost, problem.targets, a.batch.queries, result, nullptr, nullptr))
+      forbidden[p] = find_forbidden(a, problem, cost, cost + size);
+  }
+}
+
+}  // namespace
+}  // namespace detr::cpu

@@ -1,0 +1,138 @@
+// Every native kernel's entry point, free of any framework: raw pointers in, raw pointers out.
+//
+// Axes: L decoder layers, B images, Q queries, T targets of the whole batch (flat), C classes. Image b owns targets
+// offsets[b] to offsets[b + 1]; targets past offsets[B] are ignored. A problem is one image in one layer, p = l * B + b;
+// every function works on problems [begin, end), writes only what belongs to them, and may run on several threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace detr {
+
+enum class ElementType { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+// A contiguous array of a floating type known at run time.
+struct Elements {
+  const void* data;
+  ElementType type;
+};
+
+// How a class enters the cost and the loss.
+enum class ClassKind {
+  kSoftmax,      // probability over all C classes, the last of which is "no object"; weighted cross-entropy
+  kFocal,        // sigmoid focal with 1e-8 inside the logarithms of the cost, as published
+  kFocalStable,  // sigmoid focal through log-sigmoid
+};
+
+// Terms that can make a pair impossible, as bits.
+enum ForbiddenTerm : int64_t { kClassTerm = 1, kBoxTerm = 2, kGiouTerm = 4, kLabelTerm = 8, kSumTerm = 16 };
+
+struct Batch {
+  int64_t layers, images, queries, targets;
+  const int32_t* offsets;  // [B + 1]
+};
+
+// A cost is a forbidden pair if it is NaN, infinite or at least this large: sums of costs never overflow.
+template <typename T>
+constexpr T kCostLimit = sizeof(T) == 4 ? T(0x1p100) : T(0x1p1000);
+
+template <typename T>
+struct AssignmentArguments {
+  Batch batch;
+  const T* cost;             // [L, T, Q]
+  int32_t* query_of_target;  // [L, T], -1 = none; rows past offsets[B] are not written
+  T* target_price;           // [L, T], or null
+  T* query_price;            // [L, B, Q], or null
+};
+
+template <typename T>
+struct CostArguments {
+  Batch batch;
+  int64_t classes;
+  Elements logits;            // [L, B, Q, C]
+  Elements boxes;             // [L, B, Q, 4] cxcywh
+  const int64_t* labels;      // [T]
+  const float* target_boxes;  // [T, 4] cxcywh
+  T class_weight, box_weight, giou_weight;
+  ClassKind kind;
+  T alpha, gamma;
+};
+
+// Forbidden pairs of one problem.
+struct Forbidden {
+  int64_t count;
+  int64_t first;  // packed position and term of the first one in (layer, target, query) order, INT64_MAX if none
+};
+
+constexpr int kTermBits = 5, kQueryBits = 22, kTargetBits = 26;
+
+// What one problem adds to each loss before normalisation.
+struct LossSums {
+  double class_loss, box_loss, giou_loss, objects_predicted, correct, matched;
+};
+
+template <typename T>
+struct LossArguments {
+  Batch batch;
+  int64_t classes;
+  Elements logits;                 // [L, B, Q, C]
+  Elements boxes;                  // [L, B, Q, 4] cxcywh
+  const int32_t* query_of_target;  // [L, T], -1 = unmatched
+  const int64_t* labels;           // [T]
+  const float* target_boxes;       // [T, 4] cxcywh
+  const T* class_weight;           // [C], softmax only
+  const T* class_scale;            // [L] 1 / normaliser of the class loss
+  T box_scale;                     // 1 / number of boxes
+  ClassKind kind;
+  T alpha, gamma;
+  LossSums* sums;      // [L, B]
+  T* logits_gradient;  // [L, B, Q, C] of the normalised class loss
+  T* boxes_gradient;   // [L, B, Q, 8] of the normalised L1 loss (4) and GIoU loss (4)
+};
+
+template <typename T>
+struct ScaleArguments {
+  int64_t layers, logits_per_layer, queries_per_layer;
+  const T* loss_gradient;          // [L, terms] incoming; the first three are class, L1, GIoU
+  int64_t terms;
+  const T* logits_gradient;        // [L, logits_per_layer]
+  const T* boxes_gradient;         // [L, queries_per_layer, 8]
+  void* scaled_logits;             // [L, logits_per_layer] of logits_type
+  ElementType logits_type;
+  void* scaled_boxes;              // [L, queries_per_layer, 4] of boxes_type
+  ElementType boxes_type;
+};
+
+namespace cpu {
+
+// All kernels compiled for one instruction set.
+struct Kernels {
+  const char* name;
+  void (*assign_float)(const AssignmentArguments<float>&, int64_t begin, int64_t end);
+  void (*assign_double)(const AssignmentArguments<double>&, int64_t begin, int64_t end);
+  // cost [L, T, Q]; forbidden [L, B] or null.
+  void (*matching_cost_float)(const CostArguments<float>&, float* cost, Forbidden*, int64_t begin, int64_t end);
+  void (*matching_cost_double)(const CostArguments<double>&, double* cost, Forbidden*, int64_t begin, int64_t end);
+  // query_of_target [L, T]; forbidden [L, B].
+  void (*match_float)(const CostArguments<float>&, int32_t* query_of_target, Forbidden*, int64_t begin, int64_t end);
+  void (*match_double)(const CostArguments<double>&, int32_t* query_of_target, Forbidden*, int64_t begin, int64_t end);
+  void (*set_loss_float)(const LossArguments<float>&, int64_t begin, int64_t end);
+  void (*set_loss_double)(const LossArguments<double>&, int64_t begin, int64_t end);
+  // begin and end count queries of all layers here.
+  void (*scale_gradients_float)(const ScaleArguments<float>&, int64_t begin, int64_t end);
+  void (*scale_gradients_double)(const ScaleArguments<double>&, int64_t begin, int64_t end);
+};
+
+// The best set for this processor, or the one chosen by use_instruction_set.
+const Kernels& kernels();
+
+// For tests: "portable", "avx2", "avx512". False if this processor or this build does not have it.
+bool use_instruction_set(const char* name);
+
+// Memory that belongs to the calling thread and is reused by its next call; aligned to 64 bytes.
+enum class Scratch { kSolver, kCost };
+void* scratch(Scratch which, size_t bytes);
+
+}  // namespace cpu
+}  // namespace detr

@@ -1,0 +1,198 @@
+"""All that crosses a module border: images, tokens, predictions and targets of a batch.
+
+Axis letters: B images, L decoder layers, Q queries, T targets of the whole batch (flat), C classes,
+M memory tokens of the whole batch (flat), D width. Nothing is padded but the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def offsets_of(counts: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Start of each segment in a flat list, and its end: ``[len(counts) + 1]`` int32."""
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    return torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch of images of different sizes, each in the top-left corner of a common canvas."""
+
+    pixels: Tensor  # [B, 3, height, width], zero where there is no image
+    padding: Tensor  # [B, height, width] bool, True = padding
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of each image, known on the host
+
+    @classmethod
+    def batch(cls, images: Sequence[Tensor] | Tensor) -> Images:
+        """Images ``[3, h_i, w_i]`` (or one tensor ``[B, 3, h, w]``) on a common canvas."""
+        for index, image in enumerate(images):
+            if image.dim() != 3:
+                raise ValueError(
+                    f"Images.batch: image {index} must be [channels, height, width], got {list(image.shape)}"
+                )
+        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
+        height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+        if isinstance(images, Tensor):
+            return cls(images, images.new_zeros((len(images), height, width), dtype=torch.bool), sizes)
+        pixels = torch.stack([F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2])) for x in images])
+        padding = torch.ones((len(sizes), height, width), dtype=torch.bool)
+        for index, (h, w) in enumerate(sizes):
+            padding[index, :h, :w] = False
+        return cls(pixels, padding.to(pixels.device, non_blocking=True), sizes)
+
+    def to(self, device: torch.device | str) -> Images:
+        return replace(
+            self,
+            pixels=self.pixels.to(device, non_blocking=True),
+            padding=self.padding.to(device, non_blocking=True),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token sets of a batch, one after the other: image locations or object queries."""
+
+    content: Tensor  # [M, D]
+    position: Tensor  # [M, D] added to content wherever tokens are compared
+    offsets: Tensor  # [B + 1] int32, tokens of image b are offsets[b]:offsets[b + 1]
+    max_count: int  # most tokens of one image, known on the host
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a detector says, of every decoder layer; the last layer is the result."""
+
+    logits: Tensor  # [L, B, Q, C]
+    boxes: Tensor  # [L, B, Q, 4] cxcywh in [0, 1] of the unpadded image
+    masks: Tensor | None = None  # [B, Q, height, width] logits, last layer only
+
+    @classmethod
+    def from_dict(cls, outputs: Mapping[str, Any]) -> Predictions:
+        """The dictionary of facebookresearch/detr: ``pred_logits``, ``pred_boxes`` and, if present, ``aux_outputs``."""
+        layers = [*outputs.get("aux_outputs", ()), outputs]
+        logits = torch.stack([layer["pred_logits"] for layer in layers])
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers])
+        return cls(logits, boxes, outputs.get("pred_masks"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The dictionary of facebookresearch/detr; ``aux_outputs`` holds all layers but the last."""
+        outputs: dict[str, Any] = {"pred_logits": self.logits[-1], "pred_boxes": self.boxes[-1]}
+        if self.masks is not None:
+            outputs["pred_masks"] = self.masks
+        if len(self.logits) > 1:
+            pairs = zip(self.logits[:-1], self.boxes[:-1], strict=True)
+            outputs["aux_outputs"] = [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in pairs]
+        return outputs
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Annotated objects of a batch in one flat list. Rows past ``offsets[B]`` are ignored everywhere."""
+
+    labels: Tensor  # [T] int64
+    boxes: Tensor  # [T, 4] float32, cxcywh in [0, 1] of the unpadded image
+    offsets: Tensor  # [B + 1] int32, objects of image b are offsets[b]:offsets[b + 1]
+    max_count: int  # most objects of one image, known on the host
+    masks: tuple[Tensor, ...] | None = None  # per image [n_b, height, width] bool
+
+    @classmethod
+    def pack(
+        cls,
+        targets: Sequence[Mapping[str, Tensor]],
+        num_classes: int | None = None,
+        names: Sequence[object] | None = None,
+    ) -> Targets:
+        """Packs a list of dictionaries with ``labels [n]`` and ``boxes [n, 4]``.
+
+        Shapes are always checked; values are checked where that costs no synchronisation, on the CPU: labels must lie
+        in ``[0, num_classes)`` if it is given, box widths and heights must not be negative. ``names`` (image ids or
+        file names) say which image an error is about; without them its index in the batch does.
+
+        Raises:
+            ValueError: an image has malformed labels or boxes; the message names it.
+        """
+        counts = [_check_shapes(target, index, names) for index, target in enumerate(targets)]
+        if counts:
+            labels = torch.cat([target["labels"] for target in targets]).to(torch.int64)
+            boxes = torch.cat([target["boxes"] for target in targets]).to(torch.float32)
+        else:
+            labels, boxes = torch.empty(0, dtype=torch.int64), torch.empty(0, 4)
+        masks = tuple(t["masks"] for t in targets) if counts and all("masks" in t for t in targets) else None
+        offsets = offsets_of(counts)
+        packed = cls(labels, boxes, offsets, max(counts, default=0), masks)
+        if labels.device.type == "cpu":
+            packed._check_values(num_classes, names)
+            return packed
+        return replace(packed, offsets=offsets.to(labels.device, non_blocking=True))
+
+    def _check_values(self, num_classes: int | None, names: Sequence[object] | None) -> None:
+        bad_box = (self.boxes[:, 2:] < 0).any(1)
+        bad_label = self.labels < 0
+        if num_classes is not None:
+            bad_label |= self.labels >= num_classes
+        bad = bad_box | bad_label
+        if not bad.any():
+            return
+        row = int(bad.nonzero()[0])
+        image = int(torch.searchsorted(self.offsets, row, right=True)) - 1
+        where = f"{_name_of_image(image, names)}, target {row - int(self.offsets[image])}"
+        if bad_label[row]:
+            limit = "at least 0" if num_classes is None else f"in [0, {num_classes})"
+            raise ValueError(f"targets of {where}: label must be {limit}, got {int(self.labels[row])}")
+        raise ValueError(
+            f"targets of {where}: box must be (cx, cy, w, h) with w and h at least 0, got {self.boxes[row].tolist()}"
+        )
+
+    def to(self, device: torch.device | str) -> Targets:
+        """On a CUDA device: everything but masks in one pinned buffer and one asynchronous copy."""
+        device = torch.device(device)
+        if self.labels.device == device:
+            return self
+        if device.type != "cuda" or self.labels.device.type != "cpu":
+            moved = [x.to(device, non_blocking=True) for x in (self.labels, self.boxes, self.offsets)]
+        else:
+            parts = [self.labels, self.boxes, self.offsets]
+            sizes = [part.numel() * part.element_size() for part in parts]
+            staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            for part, piece in zip(parts, staging.split(sizes), strict=True):
+                piece.copy_(part.contiguous().view(-1).view(torch.uint8))
+            pieces = staging.to(device, non_blocking=True).split(sizes)
+            moved = [y.view(x.dtype).view(x.shape) for x, y in zip(parts, pieces, strict=True)]
+        masks = None if self.masks is None else tuple(m.to(device, non_blocking=True) for m in self.masks)
+        return Targets(moved[0], moved[1], moved[2], self.max_count, masks)
+
+    def __len__(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+def _name_of_image(index: int, names: Sequence[object] | None) -> str:
+    return f"image {index} of the batch" if names is None else f"image {names[index]}"
+
+
+def _check_shapes(target: Mapping[str, Tensor], index: int, names: Sequence[object] | None) -> int:
+    """Checks the shapes of one image's targets and returns their number."""
+    where = _name_of_image(index, names)
+    for key in ("labels", "boxes"):
+        if key not in target:
+            raise ValueError(f"targets of {where}: '{key}' is missing, got {sorted(target)}")
+    labels, boxes = target["labels"], target["boxes"]
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(f"targets of {where}: labels must be [n] integers, got {list(labels.shape)} {labels.dtype}")
+    if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():
+        raise ValueError(
+            f"targets of {where}: boxes must be [{len(labels)}, 4] floating point (one row a label), "
+            f"got {list(boxes.shape)} {boxes.dtype}"
+        )
+    return len(labels)
