@@ -19,10 +19,11 @@ FATAL = ("malformed image entry", "duplicate image id", "malformed annotation", 
 class Annotations:
     """The usable part of an annotation file, and what was found in the rest."""
 
+    total: int  # annotations in the file, usable or not
     dataset: dict[str, Any]  # COCO's dictionary, only entries that can be used; every annotation has id, area, iscrowd
     faults: tuple[Fault, ...]  # entries that were left out, or will be when targets are made
     crowds: int  # regions of many objects: no targets, ignored in evaluation
-    clamped: tuple[Fault, ...]  # boxes that reach out of their image and will be clamped to it
+    clamped: tuple[str, ...]  # boxes that reach out of their image and will be clamped to it, described
     empty: int  # images without any object to learn
 
     def fatal(self) -> list[Fault]:
@@ -59,7 +60,7 @@ def inspect(
     categories = _categories(content["categories"], name)
     images = _images(content["images"], name, faults)
     kept: list[dict[str, Any]] = []
-    clamped: list[Fault] = []
+    clamped: list[str] = []
     crowds, occupied = 0, set()
     for annotation in content["annotations"]:
         fault = _fault_of_annotation(annotation, images, categories, name)
@@ -77,7 +78,8 @@ def inspect(
                 clamped.append(_clamped_note(annotation, image, outside))
     faults += _complete(kept, images)
     dataset = {**content, "images": list(images.values()), "annotations": kept}
-    return Annotations(dataset, tuple(faults), crowds, tuple(clamped), len(images) - len(occupied))
+    empty = len(images) - len(occupied)
+    return Annotations(len(content["annotations"]), dataset, tuple(faults), crowds, tuple(clamped), empty)
 
 
 def _categories(entries: Sequence[Any], name: str) -> set[int]:
@@ -168,10 +170,10 @@ def _complete(annotations: list[dict[str, Any]], images: Mapping[int, Mapping[st
     return faults
 
 
-def _clamped_note(annotation: Mapping[str, Any], image: Mapping[str, Any], outside: float) -> Fault:
+def _clamped_note(annotation: Mapping[str, Any], image: Mapping[str, Any], outside: float) -> str:
     box, size = _numbers(annotation["bbox"]), f"{image['width']}x{image['height']}"
-    detail = f"annotation {annotation.get('id')}: box {box} reaches {outside:.4g} px out of the {size} image"
-    return Fault("box reaches out", image["file_name"], detail)
+    file, identity = image["file_name"], annotation.get("id")
+    return f"{file}: annotation {identity}: box {box} reaches {outside:.4g} px out of the {size} image"
 
 
 def _outside(box: Sequence[float], width: float, height: float) -> float:

@@ -207,12 +207,10 @@ class CocoDetection(Dataset[Sample]):
         usable = [a for a in self.coco.anns.values() if is_object(a, self.coco.imgs[a["image_id"]])]
         empty = len(self) - len({annotation["image_id"] for annotation in usable})
         parts = [f"{len(self)} images", f"{len(usable)} objects", f"{len(self.categories)} classes"]
-        parts += [f"{empty} images without objects"] if empty else []
-        dropped = {"crowds": self.crowds, **count_by_kind(self.faults)}
-        listed = ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count)
-        text = f"{self.paths.annotations.name}: {', '.join(parts)}"
-        text += f"; left out: {listed}" if listed else ""
-        return text + (f"; {self.clamped} boxes clamped to their image" if self.clamped else "")
+        counts = {"images without objects": empty, "crowds": self.crowds, "boxes clamped to their image": self.clamped}
+        parts += [f"{count} {what}" for what, count in counts.items() if count]
+        listed = ", ".join(f"{kind} ({count})" for kind, count in count_by_kind(self.faults).items())
+        return f"{self.paths.annotations.name}: {', '.join(parts)}" + (f"; faults: {listed}" if listed else "")
 
     def _without_damaged_images(self, dataset: dict[str, Any]) -> dict[str, Any]:
         def check(entry: Mapping[str, Any]) -> Fault | None:

@@ -6,6 +6,22 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+STOPS = 'training stops; on_fault="skip" leaves them out'
+CONSEQUENCES = {  # of each kind of fault
+    "unusable annotation file": "the split cannot be used",
+    "malformed image entry": STOPS,
+    "duplicate image id": STOPS,
+    "malformed annotation": STOPS,
+    "unknown category": STOPS,
+    "unknown image": "left out",
+    "box without area": "not learned; evaluation counts them as missed",
+    "duplicate annotation id": "annotations are numbered anew; other tools may drop some",
+    "categories differ": "a model of one split cannot be evaluated on the other",
+    "missing file": STOPS,
+    "unreadable file": STOPS,
+    "size differs": STOPS,
+}
+
 
 class DataFault(ValueError):
     """A data set cannot be used as it is; the message names the file or image and the reason."""
@@ -15,7 +31,7 @@ class DataFault(ValueError):
 class Fault:
     """Something wrong with one image or annotation."""
 
-    kind: str  # what is wrong, in a few words and the same for every fault of its kind
+    kind: str  # a key of CONSEQUENCES
     image: str  # file name of the image, or of the annotation file
     detail: str  # what was found, with the numbers
 
