@@ -1,0 +1,281 @@
+"""The command line: ``detr-fast`` or ``python -m detr_fast``.
+
+Exit codes: 0 done, 1 done but a check failed (``demo``, ``check-data``), 2 an error of the user or the data, 128 + the
+signal's number when a signal ended a training run after it was saved (143 SIGTERM, 130 Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from detr_fast.engine.config import Config, describe_settings, nearest_setting, read_settings, split_overrides
+from detr_fast.engine.errors import ConfigError, EngineError, Interrupted
+
+if TYPE_CHECKING:
+    from detr_fast.engine.predict import Detector
+
+Overrides = Sequence[tuple[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        overrides, words = split_overrides(words)
+        arguments, unknown = _parser().parse_known_args(words)
+        if unknown:
+            raise ConfigError(f"unknown argument {unknown[0]}{nearest_setting(unknown[0])}")
+        return int(arguments.run(arguments, overrides))
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("detr-fast: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if show_traceback or not isinstance(error, (EngineError, OSError, ValueError)):
+            traceback.print_exc()
+            return 2
+        print(f"detr-fast: error: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="detr-fast",
+        description="Trains, evaluates and uses DETR on COCO-format data.",
+        epilog="example:\n  detr-fast demo\nevery command: --help, and --traceback to see where an error comes from",
+        formatter_class=plain,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, meaning: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=meaning, description=meaning, epilog=example, formatter_class=plain, allow_abbrev=False
+        )
+        added.set_defaults(run=run)
+        return added
+
+    _add_train(command)
+    _add_evaluate(command)
+    _add_predict(command)
+    check = command(
+        "check-data",
+        _check_data,
+        "Summarises a data set and lists every fault.",
+        "example:\n  detr-fast check-data DATA",
+    )
+    check.add_argument("path", metavar="DATA", type=Path, help="folder of a COCO-format data set")
+    demo = command(
+        "demo",
+        _demo,
+        "Trains a small DETR on generated shapes and writes report.html (at most 5 minutes on 2 cores).",
+        "example:\n  detr-fast demo --output runs/demo\nexit code 1 if AP50 on held-out shapes is below 0.5",
+    )
+    demo.add_argument("--output", metavar="FOLDER", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    command("version", _version, "Prints the version.", "example:\n  detr-fast version")
+    return parser
+
+
+def _add_train(command: Any) -> None:
+    example = (
+        "examples:\n"
+        "  detr-fast train DATA --train.epochs=50 --train.batch-size=4 --train.output=runs/first\n"
+        "  detr-fast train --resume runs/first\n"
+        "  torchrun --nproc-per-node 2 -m detr_fast train DATA --train.output=runs/two\n\n"
+        "settings, each as --section.name=value (dashes for underscores, lists separated by commas):\n\n"
+    )
+    train = command("train", _train, "Trains on a COCO-format data set.", example + describe_settings())
+    train.add_argument("path", metavar="DATA", nargs="?", help="folder of a COCO-format data set; sets data.path")
+    train.add_argument("--config", metavar="FILE", type=Path, help="settings from a .json or .toml file")
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const="",
+        help="continue a run's folder or checkpoint bit for bit; without a value that of train.output, or the "
+        "latest in runs; auto: continue train.output if there is something to continue, else start",
+    )
+
+
+def _add_evaluate(command: Any) -> None:
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "Prints the 12 COCO numbers and the average precision of every class.",
+        "examples:\n  detr-fast evaluate runs/first/best.pth DATA --json numbers.json\n"
+        "  detr-fast evaluate detr-r50-e632da11.pth COCO --model.name=detr_resnet50 --data.published-ids=true",
+    )
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="file, or the folder of a run")
+    evaluate.add_argument("path", metavar="DATA", help="folder of a COCO-format data set")
+    evaluate.add_argument("--split", default=None, help="default: data.evaluation_split, val")
+    evaluate.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+    evaluate.add_argument("--detections", metavar="FILE", type=Path, help="also write all detections, COCO's format")
+
+
+def _add_predict(command: Any) -> None:
+    predict = command(
+        "predict",
+        _predict,
+        "Detects objects in images; writes predictions.json and the images with boxes drawn.",
+        "example:\n  detr-fast predict runs/first/best.pth photos/ 'more/*.jpg' --output found --threshold 0.7",
+    )
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="file, or the folder of a run")
+    predict.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders or patterns")
+    predict.add_argument(
+        "--output", metavar="FOLDER", type=Path, default=Path("predictions"), help="default: predictions"
+    )
+    predict.add_argument("--threshold", metavar="SCORE", type=float, default=0.5, help="least score, default: 0.5")
+    predict.add_argument("--skip-faults", action="store_true", help="leave out unreadable images instead of stopping")
+
+
+def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.engine.train import find_checkpoint, settings_of_run, train
+
+    given = [*overrides, *([("data.path", str(Path(arguments.path).absolute()))] if arguments.path else [])]
+    output = dict(given).get("train.output", "")
+    resume = arguments.resume
+    if resume == "auto":
+        if not output:
+            raise ConfigError("--resume auto needs --train.output=FOLDER")
+        resume = output if (Path(output) / "last.pth").exists() else None
+    elif resume == "":
+        resume = output or "latest"
+    if resume is None:
+        config = Config()
+    else:
+        resume = find_checkpoint(resume)
+        config = settings_of_run(resume)
+    if arguments.config:
+        config = config.with_overrides(_flat(read_settings(arguments.config)))
+    config = config.with_overrides(given)
+    if not config.data.path and not config.data.train_annotations:
+        raise ConfigError("train needs the folder of a data set: detr-fast train DATA")
+    try:
+        train(config, resume)
+    except Interrupted as stop:
+        print(f"detr-fast: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
+    return 0
+
+
+def _flat(sections: Any) -> list[tuple[str, Any]]:
+    """``{"train": {"seed": 1}}`` as ``[("train.seed", 1)]``."""
+    pairs: list[tuple[str, Any]] = []
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"a settings file has sections; {name} is none{nearest_setting(name)}")
+        pairs += [(f"{name}.{key}", value) for key, value in section.items()]
+    return pairs
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.engine.checkpoint import write_atomically
+    from detr_fast.engine.distributed import processes
+    from detr_fast.engine.evaluate import evaluate
+    from detr_fast.engine.loaders import evaluation_dataset
+
+    detector, config = _load(arguments.checkpoint, overrides)
+    split = [("data.evaluation_split", arguments.split)] if arguments.split else []
+    # Where the training data lay is no property of the model.
+    forgotten = [(f"data.{name}_{what}", "") for name in ("train", "evaluation") for what in ("images", "annotations")]
+    config = config.with_overrides([*forgotten, ("data.path", arguments.path), *overrides, *split])
+    with processes(config.train.device) as joined:
+        detector.to(joined.device)
+        dataset = evaluation_dataset(config.data, detector.categories)
+        found = evaluate(
+            detector.model,
+            dataset,
+            batch_size=config.evaluate.batch_size,
+            workers=config.data.workers,
+            processes=joined,
+            progress=joined.is_main,
+        )
+        if found is not None and joined.is_main:
+            print(found)
+            if arguments.json:
+                write_atomically(arguments.json, json.dumps(found.to_dict(), indent=2) + "\n")
+            if arguments.detections:
+                write_atomically(arguments.detections, json.dumps(found.detections))
+    return 0
+
+
+def _load(checkpoint: Path, overrides: Overrides) -> tuple[Detector, Config]:
+    """A detector and the settings it was trained with; of a published checkpoint those that the command line gives."""
+    from detr_fast.engine.predict import load_detector
+
+    return load_detector(checkpoint, overrides, dict(overrides).get("train.device", "auto"))
+
+
+def _predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.data.faults import DataFault
+    from detr_fast.engine.checkpoint import write_atomically
+    from detr_fast.engine.pictures import distinct_names, find_pictures
+
+    if not 0 <= arguments.threshold <= 1:
+        raise ConfigError(f"--threshold must be in [0, 1], got {arguments.threshold}")
+    files = find_pictures(arguments.images)
+    detector, _ = _load(arguments.checkpoint, overrides)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    names = distinct_names(files)
+    found: dict[str, Any] = {}
+    skipped = 0
+    for file in files:
+        try:
+            detections = detector.predict(file, arguments.threshold)[0]
+        except DataFault as fault:
+            if not arguments.skip_faults:
+                raise
+            print(f"detr-fast: skipped: {fault}", file=sys.stderr)
+            skipped += 1
+            continue
+        found[str(file)] = detections.to_dict()
+        detections.draw(file).save(arguments.output / names[file])
+        print(f"{file}: {len(detections)} objects")
+    write_atomically(arguments.output / "predictions.json", json.dumps(found, indent=1) + "\n")
+    print(f"{len(found)} images, {skipped} skipped; written to {arguments.output}")
+    return 0
+
+
+def _check_data(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.data.check import check_data
+
+    report = check_data(arguments.path)
+    print(report)
+    return 1 if report.faults else 0
+
+
+def _demo(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.engine.demo import demo
+
+    return demo(arguments.output, overrides)
+
+
+def _version(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"detr_fast {version('detr_fast')}")
+    except PackageNotFoundError:
+        print("detr_fast (not installed)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

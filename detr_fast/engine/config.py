@@ -1,0 +1,314 @@
+"""Settings of a training run as typed dataclasses: defaults of the DETR paper, overrides, files.
+
+Every value has one name, ``section.name``: on the command line as ``--section.name=value``, in JSON, TOML and Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from detr_fast.engine.errors import ConfigError
+from detr_fast.engine.values import FALSE_WORDS, TRUE_WORDS, as_json, as_text, convert, name_of_type
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A dataclass field with a default and the line that ``--help`` prints."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class DataConfig:
+    """Where the images are and how they are prepared."""
+
+    path: str = setting("", "folder with a COCO-format data set")
+    train_images: str = setting("", "folder of the training images, where the layout is unusual")
+    train_annotations: str = setting("", "annotation file of the training split, where the layout is unusual")
+    evaluation_images: str = setting("", "folder of the evaluation images, where the layout is unusual")
+    evaluation_annotations: str = setting("", "annotation file of the evaluation split, where the layout is unusual")
+    train_split: str = setting("train", "split to train on")
+    evaluation_split: str = setting("val", "split to evaluate on")
+    published_ids: bool = setting(False, "class index = COCO category id (91 classes), as the published checkpoints")
+    on_fault: Literal["raise", "skip"] = setting("raise", "an unreadable image stops, or is skipped and counted")
+    workers: int = setting(2, "processes that read images (0: none)")
+    scales: tuple[int, ...] = setting(tuple(range(480, 801, 32)), "shorter sides to draw from in training")
+    max_size: int = setting(1333, "longest side, in training and evaluation")
+    crop: bool = setting(True, "half the time: resize, crop, resize")
+    crop_scales: tuple[int, ...] = setting(
+        (), "shorter sides before the crop (empty: 1/2, 5/8, 3/4 of the largest scale)"
+    )
+    crop_range: tuple[int, ...] = setting(
+        (), "smallest and largest side of the crop (empty: 0.48 and 3/4 of the scale)"
+    )
+    flip: bool = setting(True, "half the time: mirror left and right")
+    evaluation_size: int = setting(800, "shorter side in evaluation and prediction")
+
+
+@dataclass
+class ModelConfig:
+    """Which model; further options of the model's builder are ``--model.OPTION=value``."""
+
+    name: str = setting("detr_resnet50", "name in detr_fast.models.MODELS")
+    weights: str = setting("", "checkpoint to start from, published or own")
+    backbone_weights: str = setting("", "ImageNet ResNet to start from, torchvision's or timm's names")
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MatcherConfig:
+    """Costs of the bipartite matching."""
+
+    cost_class: float = setting(1.0, "weight of the class probability")
+    cost_bbox: float = setting(5.0, "weight of the L1 distance of boxes")
+    cost_giou: float = setting(2.0, "weight of the generalised IoU")
+
+
+@dataclass
+class LossConfig:
+    """Coefficients of the losses."""
+
+    ce: float = setting(1.0, "coefficient of the classification loss")
+    bbox: float = setting(5.0, "coefficient of the L1 loss of boxes")
+    giou: float = setting(2.0, "coefficient of the generalised IoU loss")
+    eos_coef: float = setting(0.1, "weight of the class no-object")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW in two groups."""
+
+    learning_rate: float = setting(1e-4, "learning rate of the transformer and the heads")
+    backbone_learning_rate: float = setting(1e-5, "learning rate of the backbone")
+    weight_decay: float = setting(1e-4, "decoupled weight decay, on every parameter")
+    clip_norm: float = setting(0.1, "largest norm of the gradient (0: no clipping)")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over time, as a factor of both groups."""
+
+    drop_epoch: int = setting(200, "epochs between drops of the learning rate (0: no drop)")
+    drop_factor: float = setting(0.1, "factor of each drop")
+    warmup_steps: int = setting(0, "steps in which the learning rate grows from 0, linearly")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = setting(300, "passes over the training split")
+    batch_size: int = setting(2, "images a step, of each process")
+    seed: int = setting(42, "of weights, dropout, order and transforms")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    precision: Literal["auto", "float32", "bf16"] = setting("auto", "auto: bf16 on a GPU that has it, else float32")
+    output: str = setting("", "folder of the run (default: runs/MODEL-DATE)")
+    log_steps: int = setting(50, "steps between lines of log.jsonl")
+    checkpoint_steps: int = setting(1000, "steps between checkpoints inside an epoch (0: only at its end)")
+    tensorboard: bool = setting(True, "write TensorBoard logs")
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation while training."""
+
+    every: int = setting(1, "epochs between evaluations (0: never)")
+    batch_size: int = setting(2, "images a step, of each process")
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def with_overrides(self, overrides: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Config:
+        """A copy with ``{"section.name": value}`` replaced; values are typed or text as on a command line.
+
+        Raises:
+            ConfigError: a name does not exist or a value has the wrong type; the message names it.
+        """
+        config = Config.from_dict(self.to_dict())
+        items = list(overrides.items() if isinstance(overrides, Mapping) else overrides)
+        # The model's name decides which options exist.
+        for key, value in sorted(items, key=lambda item: item[0] != "model.name"):
+            _assign(config, _plain(key), value)
+        config.check()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionary of plain values; options of the model stand beside its other settings."""
+        sections = {name: dict(section) for name, section in dataclasses.asdict(self).items()}
+        sections["model"] |= sections["model"].pop("options")
+        return {name: {k: as_json(v) for k, v in section.items()} for name, section in sections.items()}
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`; what is not given keeps its default."""
+        config = cls()
+        items = []
+        for name, section in sections.items():
+            if not isinstance(section, Mapping):
+                raise ConfigError(f"{name} must be a section of settings, got {section!r}{_nearest(name)}")
+            items += [(f"{_plain(name)}.{_plain(key)}", value) for key, value in section.items()]
+        for key, value in sorted(items, key=lambda item: item[0] != "model.name"):
+            _assign(config, key, value)
+        config.check()
+        return config
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Reads a ``.json`` or ``.toml`` file."""
+        return cls.from_dict(read_settings(path))
+
+    def check(self) -> None:
+        """Ranges that a type does not express."""
+        at_least = {
+            1: ("train.epochs", "train.batch_size", "train.log_steps", "evaluate.batch_size", "data.evaluation_size"),
+            0: ("data.workers", "data.max_size", "optimizer.learning_rate", "optimizer.backbone_learning_rate"),
+        }
+        at_least[0] += ("optimizer.weight_decay", "optimizer.clip_norm", "schedule.drop_epoch", "schedule.drop_factor")
+        at_least[0] += ("schedule.warmup_steps", "train.checkpoint_steps", "evaluate.every", "loss.eos_coef")
+        for least, keys in at_least.items():
+            for key in keys:
+                section, name = key.split(".")
+                value = getattr(getattr(self, section), name)
+                if not value >= least:
+                    raise ConfigError(f"{key} must be at least {least}, got {value!r}")
+        for name in ("scales", "crop_scales", "crop_range"):
+            values = getattr(self.data, name)
+            if any(value < 1 for value in values) or (name == "scales" and not values):
+                raise ConfigError(f"data.{name} must be positive numbers, got {as_text(values)!r}")
+        crop_range = self.data.crop_range
+        if crop_range and (len(crop_range) != 2 or crop_range[0] > crop_range[1]):
+            raise ConfigError(f"data.crop_range must be smallest,largest, got {as_text(crop_range)!r}")
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Nested settings from a ``.json`` or ``.toml`` file (TOML: Python 3.11 or newer)."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".toml":
+            import tomllib
+
+            return tomllib.loads(text)
+        return json.loads(text)
+    except ModuleNotFoundError:
+        raise ConfigError(f"{path}: TOML files need Python 3.11 or newer; write it as JSON") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid {path.suffix[1:].upper() or 'JSON'}: {error}") from None
+
+
+def settings() -> dict[str, tuple[Any, Any, str]]:
+    """Every ``section.name`` with its type, default and meaning."""
+    found = {}
+    for section in dataclasses.fields(Config):
+        section_type = typing.get_type_hints(Config)[section.name]
+        hints = typing.get_type_hints(section_type)
+        for item in dataclasses.fields(section_type):
+            if item.metadata:
+                found[f"{section.name}.{item.name}"] = (hints[item.name], item.default, item.metadata["help"])
+    return found
+
+
+def describe_settings() -> str:
+    """The table of all settings that ``detr-fast train --help`` prints."""
+    lines, section = [], ""
+    for key, (kind, default, meaning) in settings().items():
+        if not key.startswith(section + ".") or not section:
+            section = key.split(".")[0]
+            section_type = typing.get_type_hints(Config)[section]
+            lines.append(f"\n{section}: {inspect.getdoc(section_type)}")
+        left = f"  --{key}={as_text(default)}"
+        pad = "  " if len(left) < 44 else "\n" + " " * 46
+        lines.append(f"{left:<44}{pad}{meaning} ({name_of_type(kind)})")
+    return "\n".join(lines).strip()
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Separates ``--section.name=value`` and ``--section.name value`` from all other arguments.
+
+    A boolean may stand alone: ``--train.tensorboard``. Other keys without a value are refused.
+    """
+    known = settings()
+    overrides, rest = [], []
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        key, has_value, value = word[2:].partition("=")
+        if not word.startswith("--") or "." not in key:
+            rest.append(word)
+            continue
+        key = _plain(key)
+        is_boolean = key in known and known[key][0] is bool
+        if not has_value:
+            follows = bool(queue) and not queue[0].startswith("--")
+            if is_boolean:
+                value = queue.pop(0) if follows and queue[0].lower() in TRUE_WORDS + FALSE_WORDS else "true"
+            elif follows:
+                value = queue.pop(0)
+            else:
+                raise ConfigError(f"--{key} needs a value: --{key}=VALUE")
+        overrides.append((key, value))
+    return overrides, rest
+
+
+def _plain(key: str) -> str:
+    return key.replace("-", "_").strip()
+
+
+def _assign(config: Config, key: str, value: Any) -> None:
+    """Sets one value after checking its name and type."""
+    known = settings()
+    if key in known:
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, convert(value, known[key][0], key))
+        return
+    section, _, name = key.partition(".")
+    if section != "model" or not name:
+        raise ConfigError(f"no setting is called {key}{_nearest(key)}")
+    options = _options_of_model(config.model.name)
+    if name not in options:
+        raise ConfigError(f"{config.model.name} has no option {key}{_nearest(key, options)}")
+    config.model.options[name] = convert(value, options[name], key)
+
+
+def _options_of_model(name: str) -> dict[str, Any]:
+    """Names and types of what a model's builder accepts."""
+    from detr_fast.models import MODELS, options_of_model
+
+    if name not in MODELS:
+        nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.3)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"model.name must be one of {', '.join(sorted(MODELS))}, got {name!r}{hint}")
+    return options_of_model(name)
+
+
+def _nearest(key: str, options: Iterable[str] = ()) -> str:
+    """``; did you mean X?`` for the valid name closest to the given one, or nothing."""
+    names = [*settings(), *(f"model.{option}" for option in options)]
+    by_last_part = {name.split(".")[-1]: name for name in names}
+    found = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not found:
+        last = difflib.get_close_matches(key.split(".")[-1], by_last_part, n=1, cutoff=0.5)
+        found = [by_last_part[name] for name in last] or difflib.get_close_matches(key, names, n=1, cutoff=0.3)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def nearest_setting(word: str) -> str:
+    """``; did you mean X?`` for an argument that is not understood."""
+    return _nearest(_plain(word.lstrip("-").partition("=")[0])).replace("mean ", "mean --")

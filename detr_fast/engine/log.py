@@ -1,0 +1,136 @@
+"""What a run says: sums of losses kept on the device, JSON lines, TensorBoard and the terminal.
+
+Nothing is read from the device but in :meth:`LossSums.read`, which copies all values at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.engine.checkpoint import write_atomically
+
+
+class LossSums:
+    """Sums of losses since the last line of the log and over the epoch, and the first step that was not finite.
+
+    All on the device: adding a step launches a few small kernels and waits for nothing.
+    """
+
+    ROWS = ("interval", "epoch")
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.names: tuple[str, ...] = ()
+        self.sums = torch.zeros(len(self.ROWS), 0, dtype=torch.float64, device=device)  # [2, terms]
+        self.steps = [0, 0]
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, total: Tensor, losses: Mapping[str, Tensor], step: int) -> None:
+        """Adds the 0-d losses of one step; their total is what must be finite, and every ``*norm``."""
+        if not self.names:
+            self.names = ("loss", *sorted(losses))
+            self.sums = torch.zeros(len(self.ROWS), len(self.names), dtype=torch.float64, device=self.device)
+        values = torch.stack([total.detach(), *(losses[name].detach() for name in self.names[1:])])
+        self.sums += values.double()
+        checked = torch.stack([total.detach(), *(x.detach() for name, x in losses.items() if name.endswith("norm"))])
+        self.bad_step.masked_fill_(~torch.isfinite(checked).all() & (self.bad_step < 0), step)
+        self.steps = [count + 1 for count in self.steps]
+
+    def read(self, row: str) -> dict[str, float]:
+        """Means since the row was cleared. Waits for the device."""
+        index = self.ROWS.index(row)
+        values = self.sums[index].tolist()
+        return {name: value / max(self.steps[index], 1) for name, value in zip(self.names, values, strict=True)}
+
+    def first_bad_step(self) -> int:
+        """The first step that was not finite, or -1. Waits for the device."""
+        return int(self.bad_step)
+
+    def clear(self, row: str) -> None:
+        index = self.ROWS.index(row)
+        self.sums[index].zero_()
+        self.steps[index] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": list(self.names), "sums": self.sums.cpu(), "steps": list(self.steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.names, self.steps = tuple(state["names"]), list(state["steps"])
+        self.sums = state["sums"].to(self.device)
+
+
+class Log:
+    """``log.jsonl`` and TensorBoard in the folder of a run; on other processes than the main one it does nothing."""
+
+    def __init__(self, folder: Path, *, active: bool, tensorboard: bool):
+        self.path = folder / "log.jsonl"
+        self.active = active
+        self.writer: Any = None
+        if active and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """Drops what was written after the checkpoint at ``step`` in ``epoch``, which the run does again."""
+        if not self.active or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # a line cut off by a crash
+            is_old = entry["epoch"] < epoch if entry["kind"] == "epoch" else entry["step"] <= step
+            if is_old:
+                kept.append(line)
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, kind: str, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        """Appends one line ``{"kind", "step", "epoch", ...}``; numbers also go to TensorBoard."""
+        if not self.active:
+            return
+        entry = {"kind": kind, "step": step, "epoch": epoch, **{name: plain(value) for name, value in values.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal that leaves a progress bar intact."""
+        if self.active:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: those become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
