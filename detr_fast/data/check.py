@@ -175,8 +175,9 @@ def _notes(
 ) -> Iterator[str]:
     if found.clamped:
         clamped, objects = len(found.clamped), sum(of_class.values())
-        hint = " (so many: are they (x1, y1, x2, y2)? COCO has (x, y, width, height))" if clamped > objects / 4 else ""
-        yield f"boxes that reach out of their image and will be clamped: {clamped}{hint}, first: {found.clamped[0]}"
+        yield f"boxes that reach out of their image and will be clamped: {clamped}, first: {found.clamped[0]}"
+        if objects >= 10 and clamped > objects / 4:
+            yield "so many boxes reach out of their image: are they (x1, y1, x2, y2)? COCO has (x, y, width, height)"
     sides = [side for entry in found.dataset["annotations"] for side in entry["bbox"][2:]]
     if sides and max(sides) <= 1:
         yield "no box is larger than a pixel: are they in [0, 1]? COCO has pixels"

@@ -72,6 +72,4 @@ def test_evaluation_transform() -> None:
         np.testing.assert_allclose(target["area"], data[f"{index}.out_area"], rtol=4 * 2.0**-24)
         step = case["pixel_step"]
         # One grey level of a resize that rounds the other way, in standard deviations.
-        np.testing.assert_allclose(
-            pixels[:, ::step, ::step], data[f"{index}.pixels"], rtol=0, atol=1.01 / 255 / 0.224
-        )
+        np.testing.assert_allclose(pixels[:, ::step, ::step], data[f"{index}.pixels"], rtol=0, atol=1.01 / 255 / 0.224)
