@@ -112,7 +112,15 @@ def check_data(
         faults += [replace(fault, image=f"{report.name}/{fault.image}") for fault in report.faults]
     faults += _differing_categories(reports)
     notes = [f"{report.name}: {note}" for report in reports for note in report.notes]
-    return DataReport(str(path), tuple(reports), tuple(faults), (*notes, *_shared_images(reports)))
+    notes += _shared_images(reports)
+    used = {paths.annotations for paths in found.values()}
+    if (
+        split is None
+        and annotations is None
+        and (others := sorted(set(Path(path).glob("annotations/instances_*.json")) - used))
+    ):
+        notes.append(f"not looked at, for want of a folder of their images: {', '.join(file.name for file in others)}")
+    return DataReport(str(path), tuple(reports), tuple(faults), tuple(notes))
 
 
 def _check_split(name: str, paths: CocoPaths) -> SplitReport:

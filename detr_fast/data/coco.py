@@ -119,20 +119,25 @@ def coco_target(
 
 def _mask(annotation: Mapping[str, Any], width: int, height: int) -> Tensor:  # [height, width] bool
     """Rasterises polygons or a run-length code; several polygons are parts of one object."""
+    where = f"image id {annotation.get('image_id')}: annotation {annotation.get('id')}"
     segmentation = annotation.get("segmentation")
-    if segmentation is None:
-        raise DataFault(f"image id {annotation.get('image_id')}: annotation {annotation.get('id')} has no segmentation")
-    if isinstance(segmentation, list):
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:
-            return torch.zeros(height, width, dtype=torch.bool)
-        code = coco_mask.frPyObjects(polygons, height, width)
-    elif isinstance(segmentation["counts"], list):
-        code = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        code = segmentation
-    pixels = coco_mask.decode(code)
-    return torch.from_numpy(np.ascontiguousarray(pixels.reshape(height, width, -1).any(-1)))
+    try:
+        if isinstance(segmentation, list):  # a polygon of fewer than three points has no inside
+            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+            codes = coco_mask.frPyObjects(polygons, height, width) if polygons else []
+        elif isinstance(segmentation, dict):
+            packed = not isinstance(segmentation["counts"], list)
+            codes = [segmentation if packed else coco_mask.frPyObjects(segmentation, height, width)]
+        else:
+            raise DataFault(f"{where}: segmentation must be polygons or a run-length code, got {segmentation!r}")
+        if any(list(code["size"]) != [height, width] for code in codes):
+            raise DataFault(f"{where}: segmentation must have the image's size [{height}, {width}]")
+        pixels = coco_mask.decode(codes) if codes else np.zeros((height, width, 1), np.uint8)
+    except DataFault:
+        raise
+    except Exception as error:  # pycocotools raises bare exceptions
+        raise DataFault(f"{where}: segmentation cannot be rasterised ({error})") from error
+    return torch.from_numpy(pixels.any(-1))
 
 
 class CocoDetection(Dataset[Sample]):

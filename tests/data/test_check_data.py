@@ -135,6 +135,12 @@ def test_other_box_formats_are_recognised(write_split: Any, entry: Any, scale: f
     assert hint in "\n".join(report.notes)
 
 
+def test_annotations_without_images_are_mentioned(write_split: Any) -> None:
+    root = write_split().images.parent
+    (root / "annotations" / "instances_val.json").write_text("{}")
+    assert check_data(root).notes[-1].endswith("folder of their images: instances_val.json")
+
+
 def test_explicit_paths(write_split: Any) -> None:
     paths = write_split()
     report = check_data(paths.images, annotations=paths.annotations, images=paths.images)

@@ -183,9 +183,21 @@ def test_masks_of_every_encoding() -> None:
     assert masks.sum((1, 2)).tolist() == [12, 12, 12, 0]
     assert torch.equal(masks[1], masks[0])
     assert torch.equal(masks[2], masks[0])
-    del annotations[2]["segmentation"]
-    with pytest.raises(DataFault, match="annotation 2 has no segmentation"):
-        coco_target(10, 8, 1, annotations, True)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (None, "annotation 4: segmentation must be polygons or a run-length code, got None"),
+        ({"size": [9, 10], "counts": [90]}, r"annotation 4: segmentation must have the image's size \[8, 10\]"),
+        ({"size": [8, 10]}, "annotation 4: segmentation cannot be rasterised"),
+        ([["a"] * 6], "annotation 4: segmentation cannot be rasterised"),
+    ],
+)
+def test_masks_that_cannot_be_made_are_named(segmentation: Any, message: str) -> None:
+    annotation = {"id": 4, "bbox": [2, 1, 4, 3], "category_id": 1, "segmentation": segmentation}
+    with pytest.raises(DataFault, match=message):
+        coco_target(10, 8, 1, [annotation], True)
 
 
 def test_keypoints_follow_their_objects_but_do_not_reach_training(write_split: Any, entry: Any) -> None:
