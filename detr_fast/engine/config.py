@@ -175,7 +175,8 @@ class Config:
         return cls.from_dict(read_settings(path))
 
     def check(self) -> None:
-        """Ranges that a type does not express."""
+        """What a type does not express: ranges, and names of models."""
+        _options_of_model(self.model.name)
         at_least = {
             1: ("train.epochs", "train.batch_size", "train.log_steps", "evaluate.batch_size", "data.evaluation_size"),
             0: ("data.workers", "data.max_size", "optimizer.learning_rate", "optimizer.backbone_learning_rate"),

@@ -61,11 +61,11 @@ class LossSums:
         self.steps[index] = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"names": list(self.names), "sums": self.sums.cpu(), "steps": list(self.steps)}
+        return {"names": list(self.names), "sums": self.sums.to("cpu", copy=True), "steps": list(self.steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.names, self.steps = tuple(state["names"]), list(state["steps"])
-        self.sums = state["sums"].to(self.device)
+        self.sums = state["sums"].to(self.device, copy=True)
 
 
 class Log:

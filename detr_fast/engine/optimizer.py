@@ -11,9 +11,12 @@ from detr_fast.engine.config import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over ``model.parameter_groups``; every group remembers its own rate as ``initial_lr``."""
+    """AdamW over ``model.parameter_groups``; every group has a ``name`` and its own rate as ``initial_lr``."""
     groups = model.parameter_groups(config.learning_rate, config.backbone_learning_rate)  # type: ignore[operator]
-    groups = [dict(group, initial_lr=group["lr"]) for group in groups if group["params"]]
+    of_backbone = {id(parameter) for name, parameter in model.named_parameters() if "backbone" in name}
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+        group["name"] = "backbone" if id(group["params"][0]) in of_backbone else "transformer"
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
 
 

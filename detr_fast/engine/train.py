@@ -108,10 +108,9 @@ def _introduce(run: Run, resumed: Path | None) -> None:
     count = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     say(f"model      {run.config.model.name}, {count:,} parameters, {trained:,} of them trained")
-    for number, group in enumerate(run.optimizer.param_groups):
+    for group in run.optimizer.param_groups:
         size = sum(p.numel() for p in group["params"])
-        name = group.get("name", f"group {number}")
-        say(f"optimizer  {name}: {size:,} parameters, learning rate {group['initial_lr']:g}")
+        say(f"optimizer  {group['name']}: {size:,} parameters, learning rate {group['initial_lr']:g}")
     precision = str(run.precision).removeprefix("torch.")
     say(f"device     {run.device}, {precision}, {run.processes.count} process(es)")
     place = f", continuing {resumed} at step {run.place.step}" if resumed else ""
@@ -220,7 +219,7 @@ def _log_interval(run: Run, recent: dict[int, tuple[int, ...]], clock: _Clock) -
     recent.clear()
     means = run.sums.read("interval")
     run.sums.clear("interval")
-    rates = {f"learning_rate_{number}": group["lr"] for number, group in enumerate(run.optimizer.param_groups)}
+    rates = {f"learning_rate_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
     memory = {}
     if run.device.type == "cuda":
         memory["memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30

@@ -1,0 +1,87 @@
+"""Checkpoints: atomic, loadable without pickle, refused with a reason."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detr_fast.engine import checkpoint
+from detr_fast.engine.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from detr_fast.engine.errors import CheckpointError, ForeignCheckpointError
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    save_checkpoint(
+        tmp_path / "a.pth", {"model": {"w": torch.arange(3)}, "place": {"step": 4, "ap": 0.5}, "names": ["x"]}
+    )
+    state = load_checkpoint(tmp_path / "a.pth")
+    assert state["model"]["w"].tolist() == [0, 1, 2]
+    assert state["place"] == {"step": 4, "ap": 0.5}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_failure_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"number": 1})
+
+    def fill_the_disk(state: object, file: object) -> None:
+        file.write(b"half of it")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"number": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path)["number"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing\.pth does not exist"):
+        load_checkpoint(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize("size", [0, 100, 0.5])
+def test_a_truncated_file_is_refused(tmp_path: Path, size: float) -> None:
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"model": {"w": torch.zeros(1000)}})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * size) if size < 1 else int(size)])
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_code_in_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"format": 1, "model": Path("x")}, path)
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_the_file_of_another_program_is_told_apart(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "a.pth")
+    with pytest.raises(ForeignCheckpointError, match=r"was not written by detr_fast"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    torch.save({"format": checkpoint.FORMAT + 1}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="update detr_fast"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
+    random.gauss(0, 1)  # leaves half a pair in the state
+    np.random.normal()  # noqa: NPY002 (the global state is what is tested)
+    save_checkpoint(tmp_path / "a.pth", {"random": random_state()})
+
+    def draw() -> tuple[float, float, float]:
+        return random.gauss(0, 1), np.random.normal(), float(torch.rand(()))  # noqa: NPY002
+
+    first = draw()
+    set_random_state(load_checkpoint(tmp_path / "a.pth")["random"])
+    assert draw() == first

@@ -1,0 +1,75 @@
+"""Sums of losses, and the log that a continued run rewrites from its checkpoint on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from detr_fast.engine.log import Log, LossSums, duration
+
+
+def test_means_over_the_interval_and_the_epoch() -> None:
+    sums = LossSums(torch.device("cpu"))
+    for step, value in enumerate([1.0, 3.0]):
+        sums.add(torch.tensor(value), {"loss_ce": torch.tensor(2 * value)}, step)
+    assert sums.read("interval") == {"loss": 2.0, "loss_ce": 4.0}
+    sums.clear("interval")
+    sums.add(torch.tensor(5.0), {"loss_ce": torch.tensor(0.0)}, 2)
+    assert sums.read("interval") == {"loss": 5.0, "loss_ce": 0.0}
+    assert sums.read("epoch") == {"loss": 3.0, "loss_ce": 8 / 3}
+
+
+def test_the_first_step_that_is_not_finite_is_remembered() -> None:
+    sums = LossSums(torch.device("cpu"))
+    for step, value in enumerate([1.0, math.inf, math.nan]):
+        sums.add(torch.tensor(value), {}, 10 + step)
+    assert sums.first_bad_step() == 11
+
+
+def test_a_gradient_norm_counts_as_well() -> None:
+    sums = LossSums(torch.device("cpu"))
+    sums.add(torch.tensor(1.0), {"gradient_norm": torch.tensor(math.nan), "class_error": torch.tensor(1.0)}, 3)
+    assert sums.first_bad_step() == 3
+
+
+def test_sums_survive_a_checkpoint() -> None:
+    sums, restored = LossSums(torch.device("cpu")), LossSums(torch.device("cpu"))
+    sums.add(torch.tensor(1.0), {"x": torch.tensor(2.0)}, 0)
+    restored.load_state_dict(sums.state_dict())
+    for each in (sums, restored):
+        each.add(torch.tensor(2.0), {"x": torch.tensor(4.0)}, 1)
+    assert restored.read("epoch") == sums.read("epoch") == {"loss": 1.5, "x": 3.0}
+
+
+def test_what_is_written_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    log = Log(tmp_path, active=True, tensorboard=False)
+    for step in (2, 4):
+        log.write("step", step, 0, {"loss": 1.0})
+    log.write("epoch", 4, 0, {"loss": 1.0})
+    log.write("step", 6, 1, {"loss": math.nan})
+    with log.path.open("a") as file:
+        file.write('{"kind": "st')  # cut off by a crash
+    log.rewind(step=4, epoch=1)
+    kept = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [(entry["kind"], entry["step"]) for entry in kept] == [("step", 2), ("step", 4), ("epoch", 4)]
+    log.rewind(step=4, epoch=0)  # saved before the evaluation of epoch 0
+    kept = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [(entry["kind"], entry["step"]) for entry in kept] == [("step", 2), ("step", 4)]
+
+
+def test_values_that_json_does_not_know_are_text(tmp_path: Path) -> None:
+    log = Log(tmp_path, active=True, tensorboard=False)
+    log.write("step", 1, 0, {"loss": math.inf})
+    assert json.loads(log.path.read_text())["loss"] == "inf"
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    Log(tmp_path, active=False, tensorboard=True).write("step", 1, 0, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.2, 61, 3723)] == ["0:00", "1:01", "1:02:03"]

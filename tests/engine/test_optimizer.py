@@ -1,0 +1,43 @@
+"""The learning rate as a function of step and epoch, and the optimizer's groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detr_fast.engine.config import OptimizerConfig, ScheduleConfig
+from detr_fast.engine.optimizer import build_optimizer, learning_rate_factor, load_optimizer, set_learning_rates
+from detr_fast.models import build_model
+
+
+def test_drops_are_those_of_step_lr() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    reference = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    for epoch in range(8):
+        factor = learning_rate_factor(ScheduleConfig(drop_epoch=3), step=epoch * 10, epoch=epoch)
+        assert factor == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_warm_up_is_linear_and_no_drop_is_possible() -> None:
+    schedule = ScheduleConfig(drop_epoch=0, warmup_steps=4)
+    assert [learning_rate_factor(schedule, step, epoch=500) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_groups_of_the_paper() -> None:
+    optimizer = build_optimizer(build_model("detr_tiny", 3), OptimizerConfig())
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"transformer": 1e-4, "backbone": 1e-5}
+    set_learning_rates(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 5e-6]
+
+
+def test_a_continued_run_takes_its_rates_from_the_settings() -> None:
+    model = build_model("detr_tiny", 3)
+    state = build_optimizer(model, OptimizerConfig(learning_rate=1.0, weight_decay=1.0)).state_dict()
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=2.0, weight_decay=3.0))
+    load_optimizer(optimizer, state)
+    set_learning_rates(optimizer, 1.0)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (2.0, 3.0)
