@@ -113,13 +113,8 @@ def check_data(
     faults += _differing_categories(reports)
     notes = [f"{report.name}: {note}" for report in reports for note in report.notes]
     notes += _shared_images(reports)
-    used = {paths.annotations for paths in found.values()}
-    if (
-        split is None
-        and annotations is None
-        and (others := sorted(set(Path(path).glob("annotations/instances_*.json")) - used))
-    ):
-        notes.append(f"not looked at, for want of a folder of their images: {', '.join(file.name for file in others)}")
+    if split is None and annotations is None:
+        notes += _without_images(Path(path), found)
     return DataReport(str(path), tuple(reports), tuple(faults), tuple(notes))
 
 
@@ -198,6 +193,12 @@ def _notes(
     names = (file.relative_to(folder).as_posix() for file in files)
     if unlisted := [file for file in names if file not in listed]:
         yield f"images in the folder but not in the annotations: {len(unlisted)}, first: {unlisted[0]}"
+
+
+def _without_images(root: Path, found: Mapping[str, CocoPaths]) -> Iterator[str]:
+    used = {paths.annotations for paths in found.values()}
+    if others := sorted(set(root.glob("annotations/instances_*.json")) - used):
+        yield f"not looked at, for want of a folder of their images: {', '.join(file.name for file in others)}"
 
 
 def _differing_categories(reports: Sequence[SplitReport]) -> Iterator[Fault]:

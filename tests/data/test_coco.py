@@ -223,6 +223,16 @@ def test_items_depend_on_seed_epoch_and_index_only(write_split: Any, entry: Any)
     assert len(set(seen)) > 2
 
 
+def test_items_of_one_epoch_and_runs_of_other_seeds_differ(write_split: Any) -> None:
+    paths = write_split(sizes=[(60, 50)] * 12)
+    transform = train_transform(range(20, 60), 90)
+    shapes = [
+        [item[0].shape for item in map(CocoDetection(paths, transform, seed=s).__getitem__, range(12))] for s in (0, 1)
+    ]
+    assert len(set(shapes[0])) > 4
+    assert shapes[0] != shapes[1]
+
+
 def test_epoch_reaches_workers_that_live_on(write_split: Any) -> None:
     data = CocoDetection(write_split(sizes=[(60, 50)] * 2), train_transform((24, 28, 32, 36, 40), 64))
     loader = DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True)
