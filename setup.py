@@ -14,7 +14,7 @@ class CMakeBuild(build_ext):
     """CMake builds and installs all extensions at once, into the package or next to it for an editable install."""
 
     def run(self) -> None:
-        build = Path(self.build_temp).resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept, so that the next build is incremental
         prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
         subprocess.run([*configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True)

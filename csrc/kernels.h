@@ -62,10 +62,11 @@ struct CostArguments {
 // Forbidden pairs of one problem.
 struct Forbidden {
   int64_t count;
-  int64_t first;  // packed position and term of the first one in (layer, target, query) order, INT64_MAX if none
+  int64_t first;  // packed position and term of the first one in (layer, image, target, query) order, INT64_MAX if none
 };
 
-constexpr int kTermBits = 5, kQueryBits = 22, kTargetBits = 26;
+// How `first` is packed, from the lowest bits up: term, query, target within its image, image, layer.
+constexpr int kTermBits = 5, kQueryBits = 20, kTargetBits = 14, kImageBits = 16, kLayerBits = 8;
 
 // What one problem adds to each loss before normalisation.
 struct LossSums {

@@ -78,7 +78,7 @@ ClassKind class_kind(const char* op, const std::string& kind) {
 }
 
 // Contiguous and owned for the duration of a call.
-Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 template <typename T>
 constexpr ScalarType kScalarType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -93,14 +93,18 @@ Batch batch_of(const char* op, const Tensor& offsets, int64_t layers, int64_t qu
   check_shape(op, "offsets", offsets, {-1}, "[B + 1]");
   check(offsets.size(0) >= 1, op, ": offsets must be [B + 1] with at least one entry, got [0]");
   const Batch batch = {layers, offsets.size(0) - 1, queries, targets, offsets.const_data_ptr<int32_t>()};
-  check(queries < int64_t(1) << detr::kQueryBits, op, ": at most ", (int64_t(1) << detr::kQueryBits) - 1, " queries, got ",
-        queries);
-  check(targets < int64_t(1) << detr::kTargetBits, op, ": at most ", (int64_t(1) << detr::kTargetBits) - 1,
-        " targets, got ", targets);
+  const auto fits = [op](const char* name, int64_t count, int bits) {
+    check(count < int64_t(1) << bits, op, ": at most ", (int64_t(1) << bits) - 1, " ", name, ", got ", count);
+  };
+  fits("layers", layers, detr::kLayerBits);
+  fits("images", batch.images, detr::kImageBits);
+  fits("queries", queries, detr::kQueryBits);
+  fits("targets in all images", targets, 31);
   check(batch.offsets[0] == 0, op, ": offsets must start with 0, got ", batch.offsets[0]);
   for (int64_t b = 0; b < batch.images; ++b) {
     check(batch.offsets[b] <= batch.offsets[b + 1], op, ": offsets must not decrease, got ", batch.offsets[b], " then ",
           batch.offsets[b + 1], " at image ", b);
+    fits("targets in one image", batch.offsets[b + 1] - batch.offsets[b], detr::kTargetBits);
   }
   check(batch.offsets[batch.images] <= targets, op, ": offsets must not exceed the number of targets ", targets, ", got ",
         batch.offsets[batch.images]);
@@ -122,8 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> assign_typed(const Tensor& cost_any, const Te
   const int64_t layers = cost.size(0), targets = cost.size(1), queries = cost.size(2);
   const Batch batch = batch_of("assign", offsets, layers, queries, targets);
   Tensor query_of_target = new_filled(cost, {layers, targets}, ScalarType::Int, -1);
-  Tensor target_price = new_filled(cost, {prices ? layers : 0, targets}, kScalarType<T>, 0);
-  Tensor query_price = new_filled(cost, {prices ? layers : 0, batch.images, queries}, kScalarType<T>, 0);
+  const int64_t priced = prices ? layers : 0;
+  Tensor target_price = torch::stable::new_zeros(cost, {priced, targets}, kScalarType<T>);
+  Tensor query_price = torch::stable::new_empty(cost, {priced, batch.images, queries}, kScalarType<T>);
 
   const detr::AssignmentArguments<T> arguments = {batch,
                                                   cost.template const_data_ptr<T>(),

@@ -11,6 +11,8 @@
 // Sources: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE TAES 52(4), 2016. One thread solves one problem.
 #pragma once
 
+#include <algorithm>
+
 #include "../kernels.h"
 #include "lanes.h"
 
@@ -41,41 +43,68 @@ struct Nearest {
   int64_t column;
 };
 
-// Cheapest column of a row; `taken` (+infinity where a column is gone) may be null. Lowest column among equals.
+// Bits of the magnitude: ordered like the magnitude, with infinity and NaN above all numbers.
 template <typename T>
-DETR_HD Nearest<T> nearest_column(const T* cost, const T* taken, int64_t columns) {
-  constexpr int lanes = kLanes<T>;
-  const auto value_at = [=](int64_t j) -> Value<T> {
-    const int64_t count = columns - j;
-    Value<T> x = load_some<T>(cost + j, count, kInfinity<T>);
-    if (taken) x += load_some<T>(taken + j, count, kInfinity<T>);
-    return x;
-  };
-  Value<T> best = all_lanes(kInfinity<T>), best2 = best;
-  Index<T> where{}, where2{};
-  const Index<T> numbers = lane_numbers<T>();
-  // Two independent chains hide the latency of the comparison.
-  int64_t j = 0;
-  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-    const Value<T> x = value_at(j), y = value_at(j + lanes);
-    where = x < best ? numbers + Int<T>(j) : where;
-    best = smaller(x, best);
-    where2 = y < best2 ? numbers + Int<T>(j + lanes) : where2;
-    best2 = smaller(y, best2);
-  }
-  for (; j < columns; j += lanes) {
-    const Value<T> x = value_at(j);
-    where = x < best ? numbers + Int<T>(j) : where;
-    best = smaller(x, best);
-  }
-  const T least = smallest_lane(smaller(best, best2));
-  if (!(least < kInfinity<T>)) return {kInfinity<T>, -1};
-  const Index<T> none = all_lanes_index<T>(std::numeric_limits<Int<T>>::max());
-  const Index<T> first = best == least ? where : none, second = best2 == least ? where2 : none;
-  return {least, int64_t(smallest_lane(smaller(first, second)))};
+DETR_HD Index<T> magnitude_bits(Value<T> x) {
+  Index<T> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & std::numeric_limits<Int<T>>::max();
 }
 
-// One problem, rows <= columns; cost entries are below kCostLimit or +infinity.
+// Running minimum of a row with its position, and the largest magnitude met.
+template <typename T>
+struct RowScan {
+  Value<T> best = all_lanes(kInfinity<T>);
+  Index<T> where{}, largest{};
+
+  DETR_HD void visit(Value<T> x, Index<T> numbers) {
+    where = x < best ? numbers : where;
+    best = smaller(x, best);
+    largest = larger(magnitude_bits<T>(x), largest);
+  }
+
+  // Lowest position of this value, found through few lanes because few hold it.
+  DETR_HD int64_t first_with(T value) const {
+    int64_t first = std::numeric_limits<int64_t>::max();
+    for (uint32_t lanes = lane_mask(best == value); lanes; lanes &= lanes - 1)
+      first = std::min<int64_t>(first, where[__builtin_ctz(lanes)]);
+    return first;
+  }
+};
+
+// Cheapest column of a row, the lowest among equals. `taken` is +infinity where a column is gone, or null. Raises
+// `largest` to the magnitude bits of all costs.
+template <typename T>
+DETR_HD Nearest<T> nearest_column(const T* cost, const T* taken, int64_t columns, Index<T>* largest) {
+  constexpr int lanes = kLanes<T>;
+  const auto value_at = [=](int64_t j) -> Value<T> { return taken ? load<T>(cost + j) + load<T>(taken + j) : load<T>(cost + j); };
+  const auto numbers_at = [](int64_t j) -> Index<T> { return lane_numbers<T>() + Int<T>(j); };
+  RowScan<T> even, odd;  // two independent chains hide the latency of the comparison
+  int64_t j = 0;
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+    even.visit(value_at(j), numbers_at(j));
+    odd.visit(value_at(j + lanes), numbers_at(j + lanes));
+  }
+  if (j + lanes <= columns) {
+    even.visit(value_at(j), numbers_at(j));
+    j += lanes;
+  }
+  if (j < columns && columns >= lanes) {
+    odd.visit(value_at(columns - lanes), numbers_at(columns - lanes));  // meets some columns again
+  } else if (j < columns) {
+    Value<T> x = load_some<T>(cost, columns, kInfinity<T>);
+    *largest = larger(magnitude_bits<T>(load_some<T>(cost, columns, T(0))), *largest);
+    if (taken) x += load_some<T>(taken, columns, kInfinity<T>);
+    odd.where = numbers_at(0);
+    odd.best = x;
+  }
+  *largest = larger(larger(even.largest, odd.largest), *largest);
+  const T least = smallest_lane(smaller(even.best, odd.best));
+  if (!(least < kInfinity<T>)) return {kInfinity<T>, -1};
+  return {least, std::min(even.first_with(least), odd.first_with(least))};
+}
+
+// One problem, rows <= columns. Forbidden entries must be +infinity, or `solve` says that there are some.
 template <typename T>
 class Solver {
  public:
@@ -99,12 +128,13 @@ class Solver {
     frozen_ = arena.take<bool>(width_);
   }
 
-  // column_of_row [rows], -1 where a row had to stay out; prices [rows] and [columns], or null.
-  void solve(const T* cost, int32_t* column_of_row, T* row_price, T* column_price) {
+  // column_of_row [rows], -1 where a row had to stay out; prices [rows] and [columns], or null. Returns false, with
+  // nothing written, if `all_allowed` is asked for and some entry is forbidden.
+  bool solve(const T* cost, bool all_allowed, int32_t* column_of_row, T* row_price, T* column_price) {
     cost_ = cost;
+    if (!start_greedily() && all_allowed) return false;
     if (row_price)
       for (int64_t i = 0; i < rows_; ++i) row_price[i] = 0;
-    start_greedily();
     if (waiting_count_ > 0) {
       prepare_search();
       for (int64_t k = 0; k < waiting_count_; ++k) search_from(waiting_[k]);
@@ -117,6 +147,7 @@ class Solver {
       if (row_price) row_price[row_of_slot_[k]] = row_price_[k];
       if (column_price) column_price[column_of_slot_[k]] = waiting_count_ > 0 && frozen_[k] ? saved_price_[k] : slot_price_[k];
     }
+    return true;
   }
 
  private:
@@ -124,11 +155,13 @@ class Solver {
 
   const T* cost_row(int64_t row) const { return cost_ + row * columns_; }
 
-  void start_greedily() {
+  // Every row takes its cheapest column if nobody before it has; the others wait. False if an entry is forbidden.
+  bool start_greedily() {
     slots_ = waiting_count_ = 0;
     std::memset(taken_, 0, columns_ * sizeof(T));
+    Index<T> largest{};
     for (int64_t i = 0; i < rows_; ++i) {
-      const Nearest<T> nearest = nearest_column<T>(cost_row(i), nullptr, columns_);
+      const Nearest<T> nearest = nearest_column<T>(cost_row(i), nullptr, columns_, &largest);
       lowest_cost_[i] = best_cost_[i] = nearest.cost;
       best_column_[i] = int32_t(nearest.column);
       if (nearest.column < 0) continue;  // no allowed pair: the row stays out at price 0
@@ -138,6 +171,7 @@ class Solver {
         waiting_[waiting_count_++] = int32_t(i);
       }
     }
+    return !lane_mask(largest >= magnitude_bits<T>(all_lanes(kCostLimit<T>)));
   }
 
   void add_slot(int32_t row, int32_t column, T price) {
@@ -169,7 +203,8 @@ class Solver {
   // True if the row's best free column is still free; otherwise looks for the next best one.
   bool best_is_free(int32_t row) {
     if (best_column_[row] < 0 || taken_[best_column_[row]] == 0) return true;
-    const Nearest<T> nearest = nearest_column<T>(cost_row(row), taken_, columns_);
+    Index<T> ignored{};
+    const Nearest<T> nearest = nearest_column<T>(cost_row(row), taken_, columns_, &ignored);
     best_cost_[row] = nearest.cost;
     best_column_[row] = int32_t(nearest.column);
     return false;
@@ -185,17 +220,21 @@ class Solver {
   // Relaxes all slots from a row at `distance`; returns the smallest key. Popped and frozen slots have price -infinity,
   // which keeps their keys.
   T relax_from(int32_t row, T price, T distance, Int<T> from) {
-    const T* costs = gathered_row(row);
+    const T* __restrict costs = gathered_row(row);
+    const T* __restrict prices = slot_price_;
+    T* __restrict keys = key_;
+    Int<T>* __restrict parents = parent_;
+    const int64_t slots = slots_;
     const Value<T> base = all_lanes(distance - price), floor = all_lanes(distance);
     const Index<T> parent = all_lanes_index<T>(from);
     Value<T> least = all_lanes(kInfinity<T>);
-    for (int64_t k = 0; k < slots_; k += kLanes<T>) {
-      const Value<T> path = larger(base + (load<T>(costs + k) - load<T>(slot_price_ + k)), floor);
-      const Value<T> key = load<T>(key_ + k);
+    for (int64_t k = 0; k < slots; k += kLanes<T>) {
+      const Value<T> path = larger(base + (load<T>(costs + k) - load<T>(prices + k)), floor);
+      const Value<T> key = load<T>(keys + k);
       const Index<T> closer = path < key;
       const Value<T> relaxed = closer ? path : key;
-      store<T>(key_ + k, relaxed);
-      store_index<T>(parent_ + k, closer ? parent : load_index<T>(parent_ + k));
+      store<T>(keys + k, relaxed);
+      store_index<T>(parents + k, closer ? parent : load_index<T>(parents + k));
       least = smaller(relaxed, least);
     }
     return smallest_lane(least);
@@ -209,15 +248,15 @@ class Solver {
 
   // First slot with this key; one that leads to a free column wins over one that does not.
   int64_t slot_with(T key) const {
-    const Int<T> later = Int<T>(1) << 24;
-    Index<T> best = all_lanes_index<T>(std::numeric_limits<Int<T>>::max());
+    int64_t first = -1;
     for (int64_t k = 0; k < slots_; k += kLanes<T>) {
-      Index<T> number = lane_numbers<T>() + Int<T>(k);
-      number += load<T>(slot_price_ + k) == -kInfinity<T> ? Index<T>{} : all_lanes_index<T>(later);
-      best = (load<T>(key_ + k) == key) & (number < best) ? number : best;
+      const uint32_t equal = lane_mask(load<T>(key_ + k) == key);
+      if (!equal) continue;
+      const uint32_t exits = equal & lane_mask(load<T>(slot_price_ + k) == -kInfinity<T>);
+      if (exits) return k + __builtin_ctz(exits);
+      if (first < 0) first = k + __builtin_ctz(equal);
     }
-    const int64_t found = smallest_lane(best);
-    return found >= later ? found - later : found;
+    return first;
   }
 
   void search_from(int32_t root) {
@@ -350,59 +389,56 @@ class Solver {
   bool* frozen_;
 };
 
-// Copies [rows, columns] with forbidden entries as +infinity, transposed if asked, and counts them.
+// Copies [rows, columns] with forbidden entries as +infinity, transposed if asked; returns whether there were any.
 template <typename T>
-int64_t copy_allowed(const T* cost, int64_t rows, int64_t columns, bool transpose, T* to) {
-  int64_t forbidden = 0;
+bool copy_allowed(const T* cost, int64_t rows, int64_t columns, bool transpose, T* to) {
+  bool forbidden = false;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       const T x = cost[i * columns + j];
       const bool allowed = magnitude(x) < kCostLimit<T>;
-      forbidden += !allowed;
+      forbidden |= !allowed;
       to[transpose ? j * rows + i : i * columns + j] = allowed ? x : kInfinity<T>;
     }
   }
   return forbidden;
 }
 
+// Solves a copy of cost [targets, queries] in which the smaller side is the rows.
 template <typename T>
-bool has_forbidden(const T* cost, int64_t count) {
-  Index<T> bad{};
-  const Value<T> limit = all_lanes(kCostLimit<T>);
-  for (int64_t k = 0; k < count; k += kLanes<T>) {
-    const Value<T> x = load_some<T>(cost + k, count - k, T(0));
-    bad |= ~(magnitude(x) < limit);
+bool solve_copy(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price, T* query_price) {
+  const bool transpose = targets > queries;
+  const int64_t rows = transpose ? queries : targets, columns = transpose ? targets : queries;
+  Arena measure(nullptr);
+  Solver<T>(measure, rows, columns);
+  measure.take<T>(rows * columns);
+  measure.take<int32_t>(rows);
+  Arena arena(scratch(Scratch::kSolver, measure.used()));
+  Solver<T> solver(arena, rows, columns);
+  T* copied = arena.take<T>(rows * columns);
+  int32_t* target_of_query = arena.take<int32_t>(rows);
+  const bool forbidden = copy_allowed<T>(cost, targets, queries, transpose, copied);
+  if (!transpose) {
+    solver.solve(copied, false, query_of_target, target_price, query_price);
+    return forbidden;
   }
-  return any_lane(bad);
+  solver.solve(copied, false, target_of_query, query_price, target_price);
+  for (int64_t t = 0; t < targets; ++t) query_of_target[t] = -1;
+  for (int64_t q = 0; q < queries; ++q)
+    if (target_of_query[q] >= 0) query_of_target[target_of_query[q]] = int32_t(q);
+  return forbidden;
 }
 
 // cost [targets, queries]; prices may be null. Returns whether any pair was forbidden.
 template <typename T>
 bool solve_problem(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price, T* query_price) {
-  const bool transpose = targets > queries;
-  const int64_t rows = transpose ? queries : targets, columns = transpose ? targets : queries;
-  const bool forbidden = has_forbidden<T>(cost, targets * queries);
-  const bool copy = forbidden || transpose;
-
-  Arena measure(nullptr);
-  Solver<T> unused(measure, rows, columns);
-  measure.take<T>(copy ? rows * columns : 0);
-  measure.take<int32_t>(rows);
-  Arena arena(scratch(Scratch::kSolver, measure.used()));
-  Solver<T> solver(arena, rows, columns);
-  T* copied = arena.take<T>(copy ? rows * columns : 0);
-  if (copy) copy_allowed<T>(cost, targets, queries, transpose, copied);
-
-  if (!transpose) {
-    solver.solve(copy ? copied : cost, query_of_target, target_price, query_price);
-    return forbidden;
+  if (targets <= queries) {
+    Arena measure(nullptr);
+    Solver<T>(measure, targets, queries);
+    Arena arena(scratch(Scratch::kSolver, measure.used()));
+    if (Solver<T>(arena, targets, queries).solve(cost, true, query_of_target, target_price, query_price)) return false;
   }
-  int32_t* target_of_query = arena.take<int32_t>(rows);
-  solver.solve(copied, target_of_query, query_price, target_price);
-  for (int64_t t = 0; t < targets; ++t) query_of_target[t] = -1;
-  for (int64_t q = 0; q < queries; ++q)
-    if (target_of_query[q] >= 0) query_of_target[target_of_query[q]] = int32_t(q);
-  return forbidden;
+  return solve_copy(cost, targets, queries, query_of_target, target_price, query_price);
 }
 
 template <typename T>

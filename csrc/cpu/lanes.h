@@ -1,31 +1,46 @@
-// SIMD lanes on the compilers' vector extensions. A vector always holds 64 bytes, whatever the instruction set that
-// the compiler maps it to, so that every instruction set returns the same bits.
+// SIMD lanes on the compilers' vector extensions, as wide as the instruction set that this file is compiled for.
+// Every instruction set returns the same bits: minima do not depend on the order, and sums are taken in blocks of 64
+// bytes whatever the width.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "../core/box.h"
 
 namespace detr::cpu {
 namespace {
 
+// Compilers split wider vectors than the hardware's into single elements (measured: 10 times slower), hence its width.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <typename T>
 struct LaneTypes;
 
 template <>
 struct LaneTypes<float> {
-  typedef float Value __attribute__((vector_size(64)));
+  typedef float Value __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int;
-  typedef int32_t Index __attribute__((vector_size(64)));
+  typedef int32_t Index __attribute__((vector_size(kVectorBytes)));
 };
 
 template <>
 struct LaneTypes<double> {
-  typedef double Value __attribute__((vector_size(64)));
+  typedef double Value __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int;
-  typedef int64_t Index __attribute__((vector_size(64)));
+  typedef int64_t Index __attribute__((vector_size(kVectorBytes)));
 };
 
 template <typename T>
@@ -36,7 +51,7 @@ template <typename T>
 using Int = typename LaneTypes<T>::Int;
 
 template <typename T>
-constexpr int kLanes = 64 / sizeof(T);
+constexpr int kLanes = kVectorBytes / sizeof(T);
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -102,27 +117,23 @@ DETR_HD Index<T> lane_numbers() {
 }
 
 // Lane k of the result is lane (k + distance) modulo the number of lanes.
+template <int distance, typename V, size_t... k>
+DETR_HD V rotated_lanes(V x, std::index_sequence<k...>) {
+  return __builtin_shufflevector(x, x, ((k + distance) % sizeof...(k))...);
+}
+
 template <int distance, typename V>
 DETR_HD V rotated(V x) {
-  constexpr int n = sizeof(V) / sizeof(x[0]);
-  if constexpr (n == 16) {
-    return __builtin_shufflevector(x, x, (0 + distance) % n, (1 + distance) % n, (2 + distance) % n, (3 + distance) % n,
-                                   (4 + distance) % n, (5 + distance) % n, (6 + distance) % n, (7 + distance) % n,
-                                   (8 + distance) % n, (9 + distance) % n, (10 + distance) % n, (11 + distance) % n,
-                                   (12 + distance) % n, (13 + distance) % n, (14 + distance) % n, (15 + distance) % n);
-  } else {
-    return __builtin_shufflevector(x, x, (0 + distance) % n, (1 + distance) % n, (2 + distance) % n, (3 + distance) % n,
-                                   (4 + distance) % n, (5 + distance) % n, (6 + distance) % n, (7 + distance) % n);
-  }
+  return rotated_lanes<distance>(x, std::make_index_sequence<sizeof(V) / sizeof(x[0])>());
 }
 
 // Smallest lane, for values and for indices.
 template <typename V>
 DETR_HD auto smallest_lane(V x) {
   constexpr int n = sizeof(V) / sizeof(x[0]);
-  if constexpr (n == 16) x = smaller(x, rotated<8>(x));
-  x = smaller(x, rotated<4>(x));
-  x = smaller(x, rotated<2>(x));
+  if constexpr (n > 8) x = smaller(x, rotated<8>(x));
+  if constexpr (n > 4) x = smaller(x, rotated<4>(x));
+  if constexpr (n > 2) x = smaller(x, rotated<2>(x));
   x = smaller(x, rotated<1>(x));
   return x[0];
 }
@@ -132,21 +143,44 @@ DETR_HD auto largest_lane(V x) {
   return -smallest_lane(-x);
 }
 
-// Pairwise sum in a fixed order.
-template <typename V>
-DETR_HD auto sum_of_lanes(V x) {
-  constexpr int n = sizeof(V) / sizeof(x[0]);
-  if constexpr (n == 16) x = x + rotated<8>(x);
-  x = x + rotated<4>(x);
-  x = x + rotated<2>(x);
-  x = x + rotated<1>(x);
-  return x[0];
-}
+// Sum of many numbers in an order that does not depend on the vectors' width.
+template <typename T>
+class BlockSum {
+ public:
+  // `index` is the position of x's first lane in the list of numbers.
+  DETR_HD void add(int64_t index, Value<T> x) { parts_[index / kLanes<T> % kParts] += x; }
 
-// Whether a comparison holds in any lane.
+  DETR_HD T total() const {
+    constexpr int n = 64 / sizeof(T);
+    T lanes[n];
+    for (int part = 0; part < kParts; ++part) store<T>(lanes + part * kLanes<T>, parts_[part]);
+    for (int half = n / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    return lanes[0];
+  }
+
+ private:
+  static constexpr int kParts = 64 / kVectorBytes;
+  Value<T> parts_[kParts] = {};
+};
+
+// One bit a lane of a comparison's result.
 template <typename I>
-DETR_HD bool any_lane(I mask) {
-  return smallest_lane(mask) != 0;  // true is -1
+DETR_HD uint32_t lane_mask(I comparison) {
+  constexpr int n = sizeof(I) / sizeof(comparison[0]);
+#if defined(__AVX512F__)
+  if constexpr (n == 16) return _mm512_movepi32_mask((__m512i)comparison);
+  if constexpr (n == 8) return _mm512_movepi64_mask((__m512i)comparison);
+#elif defined(__AVX__)
+  if constexpr (n == 8) return _mm256_movemask_ps((__m256)comparison);
+  if constexpr (n == 4) return _mm256_movemask_pd((__m256d)comparison);
+#elif defined(__SSE2__)
+  if constexpr (n == 4) return _mm_movemask_ps((__m128)comparison);
+  if constexpr (n == 2) return _mm_movemask_pd((__m128d)comparison);
+#endif
+  uint32_t mask = 0;
+  for (int k = 0; k < n; ++k) mask |= comparison[k] ? 1u << k : 0u;
+  return mask;
 }
 
 }  // namespace

@@ -11,6 +11,8 @@
 namespace detr::cpu {
 namespace {
 
+constexpr Forbidden kNoneForbidden = {0, std::numeric_limits<int64_t>::max()};
+
 constexpr bool is_softmax(ClassKind kind) { return kind == ClassKind::kSoftmax; }
 
 // Where a problem's numbers are.
@@ -31,14 +33,14 @@ DETR_HD T exponentials(T* row, int64_t classes, T* largest) {
   Value<T> top = all_lanes(-kInfinity<T>);
   for (int64_t c = 0; c < classes; c += kLanes<T>) top = larger(load<T>(row + c), top);
   const T max = largest_lane(top);
-  Value<T> sum{};
+  BlockSum<T> sum;
   for (int64_t c = 0; c < classes; c += kLanes<T>) {
     const Value<T> e = LaneMath<T>::exp(load<T>(row + c) - max);
     store<T>(row + c, e);
-    sum += e;
+    sum.add(c, e);
   }
   *largest = max;
-  return sum_of_lanes(sum);
+  return sum.total();
 }
 
 template <typename T>
@@ -151,16 +153,24 @@ int64_t terms_at_fault(const CostArguments<T>& a, int64_t query, int64_t target,
 }
 
 template <typename T>
+bool has_forbidden(const T* cost, int64_t count) {
+  Index<T> largest{};
+  for (int64_t k = 0; k < count; k += kLanes<T>)
+    largest = larger(magnitude_bits<T>(load_some<T>(cost + k, count - k, T(0))), largest);
+  return lane_mask(largest >= magnitude_bits<T>(all_lanes(kCostLimit<T>))) != 0;
+}
+
+// Counts forbidden pairs and says where the first one is.
+template <typename T>
 Forbidden find_forbidden(const CostArguments<T>& a, const Problem& problem, const T* cost, T* row) {
-  Forbidden found = {0, std::numeric_limits<int64_t>::max()};
-  if (!has_forbidden<T>(cost, problem.targets * a.batch.queries)) return found;
+  Forbidden found = kNoneForbidden;
   for (int64_t t = 0; t < problem.targets; ++t) {
     for (int64_t q = 0; q < a.batch.queries; ++q) {
       if (magnitude(cost[t * a.batch.queries + q]) < kCostLimit<T>) continue;
       if (found.count++ > 0) continue;
-      const int64_t target = problem.first_target + t;
-      found.first = ((problem.layer << kTargetBits | target) << kQueryBits | q) << kTermBits |
-                    terms_at_fault(a, problem.first_query + q, target, row);
+      const int64_t terms = terms_at_fault(a, problem.first_query + q, problem.first_target + t, row);
+      const int64_t position = ((problem.layer << kImageBits | problem.image) << kTargetBits | t) << kQueryBits | q;
+      found.first = position << kTermBits | terms;
     }
   }
   return found;
@@ -173,7 +183,8 @@ void matching_cost(const CostArguments<T>& a, T* cost, Forbidden* forbidden, int
     const Problem problem(a.batch, p);
     T* own = cost + (problem.layer * a.batch.targets + problem.first_target) * a.batch.queries;
     problem_cost(a, problem, work, own);
-    forbidden[p] = find_forbidden(a, problem, own, work);
+    const bool any = has_forbidden(own, problem.targets * a.batch.queries);
+    forbidden[p] = any ? find_forbidden(a, problem, own, work) : kNoneForbidden;
   }
 }
 
@@ -181,7 +192,7 @@ template <typename T>
 void match(const CostArguments<T>& a, int32_t* query_of_target, Forbidden* forbidden, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
     const Problem problem(a.batch, p);
-    forbidden[p] = {0, std::numeric_limits<int64_t>::max()};
+    forbidden[p] = kNoneForbidden;
     if (problem.targets == 0) continue;
     const int64_t size = round_up(problem.targets * a.batch.queries, kLanes<T>);
     T* cost = static_cast<T*>(scratch(Scratch::kCost, (size + cost_work_size(a)) * sizeof(T)));

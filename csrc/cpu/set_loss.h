@@ -41,14 +41,14 @@ DETR_HD double cross_entropy(const LossArguments<T>& a, T* row, int64_t label, T
 // Sigmoid focal loss of one query; `label` is -1 where all classes are negative.
 template <typename T>
 DETR_HD double focal(const LossArguments<T>& a, const T* row, int64_t label, T scale, T* gradient) {
-  Value<T> sum{};
+  BlockSum<T> sum;
   for (int64_t c = 0; c < a.classes; c += kLanes<T>) {
     const auto s = sigmoid_of<LaneMath<T>>(load<T>(row + c));
     const auto term = focal_loss_negative<LaneMath<T>>(s, a.alpha, a.gamma);
-    sum += c + kLanes<T> <= a.classes ? term.loss : lane_numbers<T>() < Int<T>(a.classes - c) ? term.loss : Value<T>{};
+    sum.add(c, lane_numbers<T>() < Int<T>(a.classes - c) ? term.loss : Value<T>{});
     store_some<T>(gradient + c, term.gradient * scale, a.classes - c);
   }
-  double loss = sum_of_lanes(sum);
+  double loss = sum.total();
   if (label >= 0) {
     const auto s = sigmoid_of<ScalarMath<T>>(row[label]);
     const auto positive = focal_loss_positive<ScalarMath<T>>(s, a.alpha, a.gamma);

@@ -1,0 +1,35 @@
+"""Stateless functions with native kernels. Importing this package registers every op with PyTorch's dispatcher.
+
+One op, one file: the function with its contract, the definition in plain PyTorch (`*_reference`), the fake kernel for
+`torch.compile`, and autograd.
+"""
+
+from __future__ import annotations
+
+from detr_fast import _C
+from detr_fast.ops.assignment import assign, assign_reference, batch_linear_assignment
+from detr_fast.ops.attention import attention, attention_reference
+from detr_fast.ops.matching import match, match_reference
+from detr_fast.ops.matching_cost import ForbiddenPairs, matching_cost, matching_cost_reference
+from detr_fast.ops.set_loss import set_loss, set_loss_reference
+
+__all__ = [
+    "ForbiddenPairs",
+    "assign",
+    "assign_reference",
+    "attention",
+    "attention_reference",
+    "batch_linear_assignment",
+    "instruction_set",
+    "match",
+    "match_reference",
+    "matching_cost",
+    "matching_cost_reference",
+    "set_loss",
+    "set_loss_reference",
+]
+
+
+def instruction_set() -> str:
+    """Name of the instruction set whose CPU kernels run: "avx512", "avx2" or "portable"."""
+    return str(_C.instruction_set())

@@ -82,11 +82,11 @@ def _check(
         if not x.is_floating_point() or x.dtype != query.dtype:
             raise ValueError(f"attention: {name} must be of query's floating point type, got {x.dtype}")
     if query.shape[1:] != key.shape[1:]:
-        heads, got = list(query.shape[1:]), list(key.shape[1:])
-        raise ValueError(f"attention: key must have query's heads and width {heads}, got {got}")
+        heads = list(query.shape[1:])
+        raise ValueError(f"attention: key must have query's heads and width {heads}, got {list(key.shape[1:])}")
     if value.shape[:2] != key.shape[:2]:
-        tokens, got = list(key.shape[:2]), list(value.shape[:2])
-        raise ValueError(f"attention: value must have key's tokens and heads {tokens}, got {got}")
+        tokens = list(key.shape[:2])
+        raise ValueError(f"attention: value must have key's tokens and heads {tokens}, got {list(value.shape[:2])}")
     for name, offsets in (("query_offsets", query_offsets), ("key_offsets", key_offsets)):
         if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape != query_offsets.shape:
             got = f"{list(offsets.shape)} {offsets.dtype}"

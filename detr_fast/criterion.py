@@ -1,0 +1,169 @@
+"""The set criterion: matching and losses of all decoder layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from detr_fast.losses import mask_losses
+from detr_fast.matcher import HungarianMatcher, queries_of
+from detr_fast.ops.matching_cost import ClassKind
+from detr_fast.ops.set_loss import TERMS, set_loss
+from detr_fast.structures import Predictions, Targets
+
+# Entries of a layer's losses under the names of facebookresearch/detr: name, term of set_loss, differentiable.
+_ENTRIES = {
+    "labels": (("loss_ce", "class", True), ("class_error", "class_error", False)),
+    "cardinality": (("cardinality_error", "cardinality_error", False),),
+    "boxes": (("loss_bbox", "bbox", True), ("loss_giou", "giou", True)),
+    "masks": (),
+}
+
+
+class SetCriterion(nn.Module):
+    """Matches predictions with targets and computes the set losses; drop-in for facebookresearch/detr's.
+
+    ``criterion(outputs, targets)`` takes the dictionary and list of dictionaries of facebookresearch/detr, or
+    :class:`Predictions` and :class:`Targets`, and returns the same dictionary of unweighted 0-d tensors for both:
+    ``loss_ce``, ``class_error``, ``cardinality_error``, ``loss_bbox``, ``loss_giou`` (``loss_mask``, ``loss_dice``) of
+    the last layer, and all but class_error and masks with the suffixes ``_0`` to ``_{L-2}`` of the others. All layers
+    are matched in one call and their losses and gradients computed in another; nothing is read back from a device.
+
+    Box losses are divided by the mean number of targets over all ranks, at least 1; ``loss_ce`` of kind softmax by the
+    sum of its weights on this rank. :meth:`weighted_sum` is what to differentiate.
+
+    Args:
+        num_classes: without "no object".
+        matcher: a :class:`HungarianMatcher`, or anything that returns facebookresearch/detr's pairs.
+        weight_dict: weights of the entries, for :meth:`weighted_sum`.
+        eos_coef: weight of "no object" in ``loss_ce``; the buffer `empty_weight` [num_classes + 1] may be changed.
+        losses: of "labels", "cardinality", "boxes", "masks".
+        kind: "softmax", or "focal" with logits of `num_classes` and `alpha`, `gamma`; None: the matcher's.
+
+    Raises:
+        ValueError: an unknown loss, wrong number of logits, malformed targets (with the image).
+
+    Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: nn.Module,
+        weight_dict: dict[str, float],
+        eos_coef: float,
+        losses: Sequence[str],
+        *,
+        kind: ClassKind | None = None,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ) -> None:
+        super().__init__()
+        unknown = [name for name in losses if name not in _ENTRIES]
+        if unknown:
+            raise ValueError(f"SetCriterion: losses must be of {', '.join(_ENTRIES)}, got {unknown[0]!r}")
+        self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
+        self.eos_coef, self.losses = eos_coef, list(losses)
+        self.kind: ClassKind = kind or getattr(matcher, "kind", "softmax")
+        self.alpha, self.gamma = alpha, gamma
+        self.empty_weight: Tensor
+        empty_weight = torch.ones(num_classes + 1)
+        empty_weight[-1] = eos_coef
+        self.register_buffer("empty_weight", empty_weight)
+        self._weights: dict[tuple[Any, ...], Tensor] = {}
+
+    def forward(
+        self,
+        outputs: Predictions | Mapping[str, Any],
+        targets: Targets | Sequence[Mapping[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        predictions = outputs if isinstance(outputs, Predictions) else Predictions.from_dict(outputs)
+        self._check_classes(predictions)
+        packed = targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
+        packed = packed.to(predictions.logits.device)
+        query_of_target = self._match(predictions, packed, targets)
+        num_boxes = mean_box_count(packed.offsets)
+        values = set_loss(
+            predictions.logits,
+            predictions.boxes,
+            query_of_target,
+            packed.labels,
+            packed.boxes,
+            packed.offsets,
+            num_boxes,
+            self.empty_weight if self.kind == "softmax" else None,
+            self.kind,
+            self.alpha,
+            self.gamma,
+        )
+        losses = self._named(values)
+        if "masks" in self.losses:
+            if predictions.masks is None:
+                raise ValueError("SetCriterion: losses has 'masks', but outputs has no 'pred_masks'")
+            pair = mask_losses(predictions.masks, query_of_target[-1], packed, num_boxes)
+            losses["loss_mask"], losses["loss_dice"] = pair
+        return losses
+
+    def _check_classes(self, predictions: Predictions) -> None:
+        expected = self.num_classes + (self.kind == "softmax")
+        if predictions.logits.shape[-1] != expected:
+            raise ValueError(
+                f"SetCriterion: logits must have {expected} classes (num_classes={self.num_classes}, "
+                f"kind={self.kind!r}), got {predictions.logits.shape[-1]}"
+            )
+
+    def _match(self, predictions: Predictions, packed: Targets, targets: Any) -> Tensor:
+        if isinstance(self.matcher, HungarianMatcher):
+            return self.matcher(predictions, packed)
+        if isinstance(targets, Targets):
+            bounds = packed.offsets.tolist()
+            slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
+            targets = [{"labels": packed.labels[own], "boxes": packed.boxes[own]} for own in slices]
+        layers = zip(predictions.logits.detach(), predictions.boxes.detach(), strict=True)
+        pairs = [self.matcher({"pred_logits": logits, "pred_boxes": boxes}, targets) for logits, boxes in layers]
+        return torch.stack([queries_of(layer, packed) for layer in pairs])
+
+    def _named(self, values: Tensor) -> dict[str, Tensor]:
+        """``[L, terms]`` under the published names, last layer first."""
+        count = len(values)
+        differentiable, constant = values.flatten().unbind(), values.detach().flatten().unbind()
+        losses = {}
+        for layer in (count - 1, *range(count - 1)):
+            suffix = "" if layer == count - 1 else f"_{layer}"
+            for name in self.losses:
+                for entry, term, has_gradient in _ENTRIES[name]:
+                    if entry == "class_error" and suffix:
+                        continue
+                    index = layer * len(TERMS) + TERMS.index(term)
+                    losses[entry + suffix] = (differentiable if has_gradient else constant)[index]
+        return losses
+
+    def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Sum of the entries that `weight_dict` names, times their weights: ``[]``."""
+        names = tuple(name for name in losses if name in self.weight_dict)
+        if not names:
+            raise ValueError(f"SetCriterion: weight_dict names none of the losses {', '.join(losses)}")
+        values = torch.stack([losses[name] for name in names])
+        key = (*((name, self.weight_dict[name]) for name in names), values.device, values.dtype)
+        if key not in self._weights:
+            self._weights = {key: values.new_tensor([self.weight_dict[name] for name in names])}
+        return (values * self._weights[key]).sum()
+
+    def matcher_report(self) -> str | None:
+        """What the matcher skipped since the last report, or None. Waits for the device."""
+        forbidden = self.matcher.report() if isinstance(self.matcher, HungarianMatcher) else None
+        return None if forbidden is None else str(forbidden)
+
+
+def mean_box_count(offsets: Tensor) -> Tensor:
+    """Targets of all ranks divided by the number of ranks, at least 1: ``[]`` float32 on the device."""
+    count = offsets[-1].to(torch.float32)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1)

@@ -1,0 +1,154 @@
+"""Bipartite matching of queries and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detr_fast.ops.matching import match
+from detr_fast.ops.matching_cost import ClassKind, ForbiddenPairs
+from detr_fast.structures import Predictions, Targets
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class HungarianMatcher(nn.Module):
+    """Matches every target with the query of least total cost; drop-in for facebookresearch/detr's.
+
+    cost = cost_bbox L1 + cost_class class_cost - cost_giou GIoU, see :func:`detr_fast.ops.matching_cost`.
+
+    Called with dictionaries, ``matcher(outputs, targets)`` returns for each image a pair of CPU int64 tensors
+    ``(queries, targets)``, queries ascending, min(Q, targets of the image) long. Called with :class:`Predictions` and
+    :class:`Targets` it returns query_of_target ``[L, T]`` int32 of all layers on their device, -1 = unmatched, and does
+    not wait for a device unless `invalid` is "raise".
+
+    Args:
+        kind: "softmax" (DETR), "focal" (Deformable DETR's formula) or "focal_stable", with `alpha` and `gamma`.
+        invalid: what a pair without a finite cost (NaN or infinite logits or boxes, boxes without area on both sides, a
+            label out of range) leads to. "raise": a ValueError that names its layer, image, target, query and term.
+            "skip": such pairs are not matched, the rest is matched at least cost, and :meth:`report` tells how many
+            there were. None: "raise" on the CPU, where looking costs nothing, and "skip" on other devices.
+
+    Raises:
+        ValueError: all weights are 0, targets are malformed (with the image), or see `invalid`.
+
+    Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
+    """
+
+    def __init__(
+        self,
+        cost_class: float = 1,
+        cost_bbox: float = 1,
+        cost_giou: float = 1,
+        *,
+        kind: ClassKind = "softmax",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        invalid: Literal["raise", "skip"] | None = None,
+    ) -> None:
+        super().__init__()
+        if cost_class == cost_bbox == cost_giou == 0:
+            raise ValueError("HungarianMatcher: at least one of cost_class, cost_bbox, cost_giou must not be 0")
+        if kind not in ("softmax", "focal", "focal_stable"):
+            raise ValueError(f"HungarianMatcher: kind must be softmax, focal or focal_stable, got {kind!r}")
+        if invalid not in (None, "raise", "skip"):
+            raise ValueError(f"HungarianMatcher: invalid must be 'raise', 'skip' or None, got {invalid!r}")
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.kind, self.alpha, self.gamma, self.invalid = kind, alpha, gamma, invalid
+        self._status: Tensor | None = None
+
+    @overload
+    def forward(self, outputs: Predictions, targets: Targets) -> Tensor: ...
+    @overload
+    def forward(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> Pairs: ...
+    @torch.no_grad()
+    def forward(
+        self,
+        outputs: Predictions | Mapping[str, Tensor],
+        targets: Targets | Sequence[Mapping[str, Tensor]],
+    ) -> Tensor | Pairs:
+        if isinstance(outputs, Predictions) != isinstance(targets, Targets):
+            raise TypeError(
+                "HungarianMatcher: give Predictions with Targets, or a dictionary with a list of dictionaries, "
+                f"got {type(outputs).__name__} with {type(targets).__name__}"
+            )
+        if isinstance(outputs, Predictions) and isinstance(targets, Targets):
+            return self._match(outputs, targets)
+        predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])  # type: ignore[index]
+        packed = Targets.pack(targets, self.num_labels(predictions.logits.shape[-1]))  # type: ignore[arg-type]
+        packed = packed.to(predictions.logits.device)
+        return pairs_of(self._match(predictions, packed)[0], packed.offsets)
+
+    def num_labels(self, classes: int) -> int:
+        """Labels that a target may have when there are this many logits: "no object" is none of them."""
+        return classes - 1 if self.kind == "softmax" else classes
+
+    def _match(self, predictions: Predictions, targets: Targets) -> Tensor:
+        query_of_target, status = match(
+            predictions.logits,
+            predictions.boxes,
+            targets.labels,
+            targets.boxes,
+            targets.offsets,
+            self.cost_class,
+            self.cost_bbox,
+            self.cost_giou,
+            self.kind,
+            self.alpha,
+            self.gamma,
+        )
+        if self.invalid == "raise" or (self.invalid is None and status.device.type == "cpu"):
+            forbidden = ForbiddenPairs.read(status)
+            if forbidden is not None:
+                raise ValueError(f"HungarianMatcher: {forbidden}")
+        else:
+            self._remember(status)
+        return query_of_target
+
+    def _remember(self, status: Tensor) -> None:
+        """Adds up counts and keeps the latest position, on the device."""
+        if self._status is None or self._status.device != status.device:
+            self._status = status
+        else:
+            latest = torch.where(status[0] > 0, status[1], self._status[1])
+            self._status = torch.stack([self._status[0] + status[0], latest])
+
+    def report(self) -> ForbiddenPairs | None:
+        """Pairs skipped since the last report, with the position of the latest; None if there were none.
+
+        Waits for the device.
+        """
+        status, self._status = self._status, None
+        return None if status is None else ForbiddenPairs.read(status)
+
+    def extra_repr(self) -> str:
+        return (
+            f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}, "
+            f"kind={self.kind!r}, invalid={self.invalid!r}"
+        )
+
+
+def pairs_of(query_of_target: Tensor, offsets: Tensor) -> Pairs:
+    """``[T]`` as a list of CPU int64 pairs (queries ascending, targets) for each image."""
+    queries, bounds = query_of_target.cpu().numpy().astype(np.int64), offsets.cpu().numpy()
+    images = len(bounds) - 1
+    image = np.repeat(np.arange(images), np.diff(bounds))
+    queries = queries[: len(image)]
+    order = np.lexsort((queries, image))
+    order = order[queries[order] >= 0]
+    matched = torch.from_numpy(queries[order])
+    targets = torch.from_numpy(order - bounds[image[order]])
+    counts = np.bincount(image[order], minlength=images).tolist()
+    return list(zip(matched.split(counts), targets.split(counts), strict=True))
+
+
+def queries_of(pairs: Sequence[tuple[Tensor, Tensor]], targets: Targets) -> Tensor:
+    """The inverse of :func:`pairs_of`: ``[T]`` int32 on the targets' device."""
+    query_of_target = torch.full((len(targets.labels),), -1, dtype=torch.int32)
+    for start, (queries, own) in zip(targets.offsets.tolist(), pairs, strict=False):
+        query_of_target[start + own.cpu()] = queries.cpu().to(torch.int32)
+    return query_of_target.to(targets.labels.device)

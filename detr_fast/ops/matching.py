@@ -1,0 +1,68 @@
+"""Matching cost and assignment in one call, without storing the cost of the whole batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detr_fast.ops.assignment import assign_reference
+from detr_fast.ops.matching_cost import ClassKind, matching_cost_reference
+
+
+def match(
+    logits: Tensor,  # [L, B, Q, C]
+    boxes: Tensor,  # [L, B, Q, 4] cxcywh
+    labels: Tensor,  # [T] int64
+    target_boxes: Tensor,  # [T, 4] float32 cxcywh
+    offsets: Tensor,  # [B + 1] int32
+    class_weight: float = 1.0,
+    box_weight: float = 1.0,
+    giou_weight: float = 1.0,
+    kind: ClassKind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """query_of_target ``[L, T]`` int32 of least total cost, and a status ``[2]`` int64.
+
+    Equal to :func:`assign` on :func:`matching_cost`, bit for bit; their contracts hold for ties, more targets than
+    queries, forbidden pairs, types and errors. Nothing is differentiated.
+    """
+    arguments = (logits, boxes, labels, target_boxes, offsets)
+    return torch.ops.detr_fast.match.default(*arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma)
+
+
+def match_reference(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    offsets: Tensor,
+    class_weight: float = 1.0,
+    box_weight: float = 1.0,
+    giou_weight: float = 1.0,
+    kind: ClassKind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """The definition of :func:`match`, without the status."""
+    arguments = (logits, boxes, labels, target_boxes, offsets)
+    cost = matching_cost_reference(*arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma)
+    return assign_reference(cost, offsets)
+
+
+@torch.library.register_fake("detr_fast::match")
+def _(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    offsets: Tensor,
+    class_weight: float,
+    box_weight: float,
+    giou_weight: float,
+    kind: str,
+    alpha: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    query_of_target = logits.new_empty((logits.shape[0], labels.shape[0]), dtype=torch.int32)
+    return query_of_target, logits.new_empty((2,), dtype=torch.int64)

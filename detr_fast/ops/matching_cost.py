@@ -1,0 +1,169 @@
+"""Matching cost of every target with the queries of its own image, in all decoder layers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detr_fast import _C  # noqa: F401  registers the ops
+
+ClassKind = Literal["softmax", "focal", "focal_stable"]
+
+_TERM_BITS, _QUERY_BITS, _TARGET_BITS, _IMAGE_BITS = 5, 20, 14, 16  # as csrc/kernels.h packs the position
+_TERMS = ("class", "box", "GIoU", "label", "sum")
+
+
+@dataclass(frozen=True)
+class ForbiddenPairs:
+    """What an op's status says: how many pairs were forbidden, and where the first one is."""
+
+    count: int
+    layer: int
+    image: int
+    target: int  # within its image
+    query: int
+    terms: tuple[str, ...]  # "class", "box", "GIoU", "label" (out of range) or "sum" (the terms' sum overflows)
+
+    @classmethod
+    def read(cls, status: Tensor) -> ForbiddenPairs | None:
+        """Reads a status ``[2]`` int64 from its device; None if no pair was forbidden."""
+        count, packed = status.tolist()
+        if count == 0:
+            return None
+        fields = []
+        for bits in (_TERM_BITS, _QUERY_BITS, _TARGET_BITS, _IMAGE_BITS):
+            fields.append(packed & (1 << bits) - 1)
+            packed >>= bits
+        terms, query, target, image = fields
+        return cls(count, packed, image, target, query, tuple(n for bit, n in enumerate(_TERMS) if terms >> bit & 1))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} pair(s) without a finite cost; the first in layer {self.layer}, image {self.image}, "
+            f"target {self.target}, query {self.query}: {' and '.join(self.terms)} term"
+        )
+
+
+def matching_cost(
+    logits: Tensor,  # [L, B, Q, C]
+    boxes: Tensor,  # [L, B, Q, 4] cxcywh
+    labels: Tensor,  # [T] int64
+    target_boxes: Tensor,  # [T, 4] float32 cxcywh
+    offsets: Tensor,  # [B + 1] int32
+    class_weight: float = 1.0,
+    box_weight: float = 1.0,
+    giou_weight: float = 1.0,
+    kind: ClassKind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """Cost ``[L, T, Q]`` of matching each target with each query of its own image, and a status ``[2]`` int64.
+
+    cost = box_weight |box - target|_1 + class_weight class_cost - giou_weight GIoU, with p of the target's label:
+
+    - softmax: class_cost = -softmax(logits)[label], over all C classes;
+    - focal: alpha (1-p)^gamma (-log(p + 1e-8)) - (1-alpha) p^gamma (-log(1-p + 1e-8)), p = sigmoid(logit);
+    - focal_stable: the same with log-sigmoids and no epsilon, finite and exact for every logit.
+
+    Logits and boxes may be float16, bfloat16, float32 or float64; everything is computed and returned in float32, or in
+    float64 if one of them is. Rows past ``offsets[B]`` are 0. GIoU has no epsilon: it is NaN for two boxes without area
+    and for boxes of negative width or height. A label outside ``[0, C)`` makes its row NaN. Pairs whose cost is NaN,
+    infinite or at least 2^100 (float64: 2^1000) are forbidden to the assignment; the status counts them and packs the
+    position of the first, for :meth:`ForbiddenPairs.read`.
+
+    Raises:
+        RuntimeError: a tensor has another shape or type, or `kind` is unknown.
+
+    Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1;
+    Zhu et al., "Deformable DETR", ICLR 2021 (focal).
+    """
+    arguments = (logits, boxes, labels, target_boxes, offsets)
+    return torch.ops.detr_fast.matching_cost.default(
+        *arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma
+    )
+
+
+def matching_cost_reference(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    offsets: Tensor,
+    class_weight: float = 1.0,
+    box_weight: float = 1.0,
+    giou_weight: float = 1.0,
+    kind: ClassKind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """The definition of :func:`matching_cost`, without the status."""
+    exact = torch.float64 in (logits.dtype, boxes.dtype)
+    dtype = torch.float64 if exact else torch.float32
+    logits, boxes, target_boxes = logits.to(dtype), boxes.to(dtype), target_boxes.to(dtype)
+    cost = logits.new_zeros((logits.shape[0], labels.shape[0], logits.shape[2]))
+    bounds = offsets.tolist()
+    for image, (start, end) in enumerate(itertools.pairwise(bounds)):
+        label = labels[start:end]
+        known = (label >= 0) & (label < logits.shape[-1])
+        x = logits[:, image][..., label.where(known, 0)]  # [L, Q, t]
+        if kind == "softmax":
+            class_cost = -logits[:, image].softmax(-1)[..., label.where(known, 0)]
+        else:
+            class_cost = _focal_cost(x, alpha, gamma, stable=kind == "focal_stable")
+        class_cost = class_cost.where(known, torch.nan)
+        box, goal = boxes[:, image, :, None], target_boxes[start:end]  # [L, Q, 1, 4], [t, 4]
+        distance = (box - goal).abs().sum(-1)
+        block = box_weight * distance + class_weight * class_cost - giou_weight * _giou(box, goal)
+        cost[:, start:end] = block.mT
+    return cost
+
+
+def _focal_cost(x: Tensor, alpha: float, gamma: float, stable: bool) -> Tensor:
+    p = x.sigmoid()
+    if stable:
+        minus_log_p, minus_log_q = torch.nn.functional.softplus(-x), torch.nn.functional.softplus(x)
+    else:
+        minus_log_p, minus_log_q = -(p + 1e-8).log(), -(1 - p + 1e-8).log()
+    return alpha * (1 - p) ** gamma * minus_log_p - (1 - alpha) * p**gamma * minus_log_q
+
+
+def _giou(box: Tensor, goal: Tensor) -> Tensor:
+    """GIoU of cxcywh boxes with broadcasting; NaN where it is undefined."""
+    low, high = torch.maximum(_low(box), _low(goal)), torch.minimum(_high(box), _high(goal))
+    overlap = (high - low).clamp(min=0).prod(-1)
+    area = (_high(box) - _low(box)).prod(-1) + (_high(goal) - _low(goal)).prod(-1) - overlap
+    hull = (torch.maximum(_high(box), _high(goal)) - torch.minimum(_low(box), _low(goal))).prod(-1)
+    giou = overlap / area - (hull - area) / hull
+    valid = (box[..., 2:] >= 0).all(-1) & (goal[..., 2:] >= 0).all(-1)
+    return giou.where(valid, torch.nan)
+
+
+def _low(box: Tensor) -> Tensor:
+    return box[..., :2] - box[..., 2:] / 2
+
+
+def _high(box: Tensor) -> Tensor:
+    return box[..., :2] + box[..., 2:] / 2
+
+
+@torch.library.register_fake("detr_fast::matching_cost")
+def _(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    offsets: Tensor,
+    class_weight: float,
+    box_weight: float,
+    giou_weight: float,
+    kind: str,
+    alpha: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
+    cost = logits.new_empty((logits.shape[0], labels.shape[0], logits.shape[2]), dtype=dtype)
+    return cost, logits.new_empty((2,), dtype=torch.int64)

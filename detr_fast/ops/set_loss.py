@@ -1,0 +1,169 @@
+"""Set loss of matched predictions with its gradient, all terms and decoder layers in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_fast.ops.matching_cost import ClassKind, _giou
+
+TERMS = ("class", "bbox", "giou", "cardinality_error", "class_error")
+
+
+def set_loss(
+    logits: Tensor,  # [L, B, Q, C]
+    boxes: Tensor,  # [L, B, Q, 4] cxcywh
+    query_of_target: Tensor,  # [L, T] int32, -1 = unmatched
+    labels: Tensor,  # [T] int64
+    target_boxes: Tensor,  # [T, 4] float32 cxcywh
+    offsets: Tensor,  # [B + 1] int32
+    num_boxes: Tensor,  # [] float32, normaliser of the box (and focal) losses
+    class_weight: Tensor | None = None,  # [C] float32, softmax only; the last class is "no object"
+    kind: ClassKind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """Losses ``[L, 5]`` of each layer, in the order of :data:`TERMS`.
+
+    - class, softmax: sum of w[y] (-log softmax(logits)[y]) over all queries, divided by the sum of w[y]; y is the label
+      of the query's target, or the last class where it has none; w is `class_weight`, or 1;
+    - class, focal and focal_stable: sigmoid focal loss summed over queries and classes, divided by `num_boxes`;
+    - bbox: sum of |box - target|_1 over matched pairs, divided by `num_boxes`;
+    - giou: sum of 1 - GIoU over matched pairs, divided by `num_boxes`;
+    - cardinality_error: mean over images of |queries whose largest logit is not the last - targets|; no gradient;
+    - class_error: percentage of matched pairs whose largest logit is not the label, 100 without pairs; no gradient.
+
+    Differentiable in logits and boxes; the gradient is computed with the losses, backward only scales it. Types as in
+    :func:`matching_cost`; gradients return in the inputs' types.
+
+    Raises:
+        RuntimeError: a tensor has another shape or type; on the CPU also a query or label out of range, with its image.
+
+    Source: Carion et al., ECCV 2020, section 3.1 and appendix A.2; Lin et al., ICCV 2017 (focal).
+    """
+    arguments = (logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes)
+    return torch.ops.detr_fast.set_loss.default(*arguments, class_weight, kind, alpha, gamma)[0]
+
+
+def set_loss_reference(
+    logits: Tensor,
+    boxes: Tensor,
+    query_of_target: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    offsets: Tensor,
+    num_boxes: Tensor,
+    class_weight: Tensor | None = None,
+    kind: ClassKind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """The definition of :func:`set_loss`, differentiated by autograd."""
+    exact = torch.float64 in (logits.dtype, boxes.dtype)
+    dtype = torch.float64 if exact else torch.float32
+    logits, boxes, target_boxes = logits.to(dtype), boxes.to(dtype), target_boxes.to(dtype)
+    counts = offsets.diff().long()
+    image_of_target = torch.arange(len(counts)).repeat_interleave(counts)
+    matches = query_of_target[:, : len(image_of_target)].long()
+    rows = []
+    for layer in range(logits.shape[0]):
+        target = torch.nonzero(matches[layer] >= 0).flatten()
+        where = (image_of_target[target], matches[layer][target])
+        label = labels[target]
+        box, goal = boxes[layer][where], target_boxes[target]
+        with torch.no_grad():
+            found = logits[layer].argmax(-1)
+            cardinality = ((found != logits.shape[-1] - 1).sum(1) - counts).abs().to(dtype).mean()
+            error = 100 - 100 * (found[where] == label).to(dtype).mean() if len(target) else box.new_tensor(100.0)
+        rows.append(
+            torch.stack(
+                [
+                    _class_loss(logits[layer], where, label, num_boxes, class_weight, kind, alpha, gamma),
+                    (box - goal).abs().sum() / num_boxes,
+                    (1 - _giou(box, goal)).sum() / num_boxes,
+                    cardinality,
+                    error,
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+def _class_loss(
+    logits: Tensor,  # [B, Q, C]
+    where: tuple[Tensor, Tensor],  # images and queries of the matched pairs
+    label: Tensor,
+    num_boxes: Tensor,
+    class_weight: Tensor | None,
+    kind: ClassKind,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    if kind == "softmax":
+        wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1)
+        wanted[where] = label
+        weight = None if class_weight is None else class_weight.to(logits.dtype)
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight)
+    positive = torch.zeros(logits.shape, dtype=torch.bool)
+    positive[(*where, label)] = True
+    p = logits.sigmoid()
+    loss = torch.where(
+        positive, alpha * (1 - p) ** gamma * F.softplus(-logits), (1 - alpha) * p**gamma * F.softplus(logits)
+    )
+    return loss.sum() / num_boxes
+
+
+@torch.library.register_fake("detr_fast::set_loss")
+def _(
+    logits: Tensor,
+    boxes: Tensor,
+    query_of_target: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    offsets: Tensor,
+    num_boxes: Tensor,
+    class_weight: Tensor | None,
+    kind: str,
+    alpha: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
+    losses = logits.new_empty((logits.shape[0], len(TERMS)), dtype=dtype)
+    return losses, logits.new_empty(logits.shape, dtype=dtype), logits.new_empty((*boxes.shape[:3], 8), dtype=dtype)
+
+
+@torch.library.register_fake("detr_fast::set_loss_backward")
+def _(
+    loss_gradient: Tensor,
+    logits_gradient: Tensor,
+    boxes_gradient: Tensor,
+    logits_type: torch.dtype,
+    boxes_type: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    boxes_shape = (*boxes_gradient.shape[:3], 4)
+    return (
+        logits_gradient.new_empty(logits_gradient.shape, dtype=logits_type),
+        boxes_gradient.new_empty(boxes_shape, dtype=boxes_type),
+    )
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, logits_gradient, boxes_gradient = output
+    ctx.mark_non_differentiable(logits_gradient, boxes_gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits_gradient, boxes_gradient)
+    ctx.types = (inputs[0].dtype, inputs[1].dtype)
+
+
+def _scale_gradients(ctx: Any, loss_gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    unused = (None,) * 9
+    if loss_gradient is None:
+        return (None, None, *unused)
+    scaled = torch.ops.detr_fast.set_loss_backward.default(loss_gradient, *ctx.saved_tensors, *ctx.types)
+    return (*scaled, *unused)
+
+
+torch.library.register_autograd("detr_fast::set_loss", _scale_gradients, setup_context=_save_gradients)
