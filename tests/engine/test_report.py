@@ -1,0 +1,41 @@
+"""The report is one file that needs nothing else."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from detr_fast.engine.report import overlay, write_report
+
+
+class Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attributes if name in ("src", "href")]
+
+
+def test_a_report_holds_everything(straight: Path, tmp_path: Path) -> None:
+    reader = Reader()
+    text = write_report(straight, tmp_path / "report.html", pictures=2, looks=1).read_text(encoding="utf-8")
+    reader.feed(text)
+    assert reader.tags.count("svg") == 2
+    assert reader.tags.count("img") == 2 * 2 + 4  # truth and prediction, and the attention of four queries
+    assert all(source.startswith("data:image/jpeg;base64,") for source in reader.sources)
+    assert not {"script", "link", "iframe"} & set(reader.tags)
+    assert "average precision at IoU 0.50" in text
+    assert "rectangle" in text
+
+
+def test_attention_is_bright_where_the_weights_are() -> None:
+    weights = torch.zeros(4, 4)
+    weights[0, 3] = 1
+    drawn = overlay(Image.new("RGB", (40, 40), "gray"), weights)
+    assert drawn.getpixel((36, 3))[0] > 1.5 * drawn.getpixel((5, 35))[0]

@@ -1,0 +1,189 @@
+"""The training loop: continued runs equal undisturbed ones, faults stop with a reason."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detr_fast.engine import train as loop
+from detr_fast.engine.checkpoint import load_checkpoint
+from detr_fast.engine.config import Config
+from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from detr_fast.engine.train import find_checkpoint, train
+
+Settings = Callable[..., Config]
+TIMES = ("seconds", "data_seconds", "images_per_second", "data_share")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, moments, random states, sums and logs are equal to the last bit; only times differ."""
+    one, two = load_checkpoint(first / "last.pth"), load_checkpoint(second / "last.pth")
+    for state in (one, two):
+        state["place"].pop("seconds")
+        state.pop("config")
+    assert_equal(one, two, "checkpoint")
+    assert read_log(first) == read_log(second)
+
+
+def assert_equal(one: Any, two: Any, where: str) -> None:
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_equal(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for number, (x, y) in enumerate(zip(one, two, strict=True)):
+            assert_equal(x, y, f"{where}[{number}]")
+    else:
+        assert one == two, where
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """A signal arrives while ``step`` is computed."""
+    original = loop.training_step
+
+    def with_signal(run: Any, batch: Any) -> None:
+        original(run, batch)
+        if run.place.step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(loop, "training_step", with_signal)
+
+
+def test_a_run_writes_what_it_promises(straight: Path) -> None:
+    assert {file.name for file in straight.iterdir()} == {
+        *("best.pth", "last.pth", "config.json", "evaluation.json", "log.jsonl")
+    }
+    config = Config.load(straight / "config.json")
+    assert (config.train.output, config.model.options["num_queries"]) == (str(straight), 8)
+    log = read_log(straight)
+    assert [(e["kind"], e["step"], e["epoch"]) for e in log] == [
+        *[("step", 2, 0), ("step", 4, 0), ("epoch", 4, 0), ("step", 6, 1), ("step", 8, 1), ("epoch", 8, 1)]
+    ]
+    assert log[2]["loss"] == pytest.approx((log[0]["loss"] + log[1]["loss"]) / 2, rel=1e-12)
+    assert {"loss_ce", "loss_giou_0", "gradient_norm", "AP", "AP50"} <= log[2].keys()
+    best = load_checkpoint(straight / "best.pth")
+    assert "optimizer" not in best
+    assert best["categories"]["names"] == ["circle", "rectangle", "triangle"]
+
+
+def test_a_run_continued_after_an_epoch_equals_a_straight_one(straight: Path, settings: Settings) -> None:
+    folder = train(settings("resumed", {"train.epochs": 1}))
+    train(settings("resumed"), resume=folder)
+    assert_same_run(straight, folder)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_stopped_by_a_signal_equals_a_straight_one(
+    straight: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Interrupted, match="SIGTERM: saved") as stop:
+            train(settings("resumed"))
+    state = load_checkpoint(stop.value.checkpoint)
+    assert state["place"]["step"] == step + 1
+    train(settings("resumed"), resume=stop.value.checkpoint)
+    assert_same_run(straight, stop.value.checkpoint.parent)
+
+
+def test_a_signal_in_the_evaluation_starts_it_again(
+    straight: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.evaluate
+
+    def with_signal(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", with_signal)
+        with pytest.raises(Interrupted, match="SIGINT: saved") as stop:
+            train(settings("resumed"))
+    train(settings("resumed"), resume=stop.value.checkpoint)
+    assert_same_run(straight, stop.value.checkpoint.parent)
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(
+    straight: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.training_step
+
+    def killed(run: Any, batch: Any) -> None:
+        if run.place.step == 6:
+            raise KeyboardInterrupt  # what nothing in the loop handles
+        original(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings("resumed", {"train.checkpoint_steps": 5, "train.log_steps": 1}))
+    folder = settings("resumed").train.output
+    assert load_checkpoint(find_checkpoint(folder))["place"]["step"] == 5
+    assert read_log(Path(folder))[-1]["step"] == 6
+    train(settings("resumed", {"train.log_steps": 1}), resume=folder)
+    reference = train(settings("reference", {"train.log_steps": 1}))
+    assert_same_run(reference, Path(folder))
+
+
+def test_the_number_of_workers_changes_nothing(straight: Path, settings: Settings) -> None:
+    assert_same_run(straight, train(settings("workers", {"data.workers": 2})))
+
+
+def test_the_seed_changes_everything(straight: Path, settings: Settings) -> None:
+    other = train(settings("other", {"train.seed": 43, "train.epochs": 1}))
+    assert read_log(other)[0]["loss"] != read_log(straight)[0]["loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_images_and_checkpoint(settings: Settings) -> None:
+    folder = train(settings("run", {"train.epochs": 1}))
+    good = (folder / "last.pth").read_bytes()
+    with pytest.raises(TrainingError) as caught:
+        train(settings("run", {"loss.bbox": 1e39}), resume=folder)
+    message = str(caught.value)
+    assert "step 4 of epoch 1, image ids " in message
+    assert f"last good checkpoint: {folder / 'last.pth'}" in message
+    assert (folder / "last.pth").read_bytes() == good
+
+
+def test_weights_that_explode_stop_the_run(settings: Settings) -> None:
+    with pytest.raises(TrainingError, match=r"step \d of epoch 0, image ids \d+, \d+: .*there is no checkpoint yet"):
+        train(settings("run", {"optimizer.learning_rate": 1e30, "optimizer.backbone_learning_rate": 1e30}))
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(straight: Path, settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(settings("", {"train.output": str(straight)}))
+
+
+def test_weights_alone_cannot_be_continued(straight: Path, settings: Settings) -> None:
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        train(settings("more"), resume=straight / "best.pth")
+
+
+def test_another_model_cannot_be_continued(straight: Path, settings: Settings) -> None:
+    with pytest.raises(CheckpointError, match="does not fit these settings"):
+        train(settings("other", {"model.num_queries": 9}), resume=straight)
+
+
+def test_a_run_starts_from_weights(straight: Path, settings: Settings) -> None:
+    changes = {"model.weights": str(straight / "last.pth"), "optimizer.learning_rate": 0, "train.epochs": 1}
+    folder = train(settings("tuned", {**changes, "optimizer.backbone_learning_rate": 0}))
+    first, second = load_checkpoint(straight / "last.pth")["model"], load_checkpoint(folder / "last.pth")["model"]
+    for name, value in first.items():
+        if "running_" not in name and "num_batches" not in name:  # batch norm counts whatever the rate is
+            assert torch.equal(value, second[name]), name
