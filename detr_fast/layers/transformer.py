@@ -140,6 +140,7 @@ class Transformer(nn.Module):
         pre_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.width, self.heads = width, heads
         arguments = (width, heads, hidden, dropout, activation, pre_norm)
         norm = nn.LayerNorm(width) if pre_norm else None
         self.encoder = Encoder(EncoderLayer(*arguments), encoder_layers, norm)

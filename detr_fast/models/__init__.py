@@ -10,14 +10,18 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from detr_fast.models import detr
+from detr_fast.models import detr, panoptic
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "detr_resnet50": detr.detr_resnet50,
     "detr_resnet50_dc5": detr.detr_resnet50_dc5,
     "detr_resnet101": detr.detr_resnet101,
     "detr_resnet101_dc5": detr.detr_resnet101_dc5,
+    "detr_resnet50_panoptic": panoptic.detr_resnet50_panoptic,
+    "detr_resnet50_dc5_panoptic": panoptic.detr_resnet50_dc5_panoptic,
+    "detr_resnet101_panoptic": panoptic.detr_resnet101_panoptic,
     "detr_small": detr.detr_small,
+    "detr_small_panoptic": panoptic.detr_small_panoptic,
     "detr_tiny": detr.detr_tiny,
 }
 
@@ -41,5 +45,10 @@ def options_of_model(name: str) -> dict[str, Any]:
     builder = MODELS[name]
     function = builder.func if isinstance(builder, partial) else builder
     types = get_type_hints(function)
-    parameters = inspect.signature(builder).parameters.values()
-    return {p.name: types[p.name] for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    options = {}
+    for parameter in inspect.signature(builder).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            options[parameter.name] = types[parameter.name]
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:  # options that are passed on to `detr`
+            options |= options_of_model("detr_resnet50")
+    return options

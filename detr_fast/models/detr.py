@@ -38,6 +38,7 @@ class DETR(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.num_queries, self.aux_loss = num_classes, num_queries, aux_loss
+        self.feature_channels = backbone.channels
         self.transformer = transformer
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.bbox_embed = Perceptron(hidden_dim, hidden_dim, 4, 3)
@@ -83,13 +84,7 @@ class DETR(nn.Module):
             return Predictions(self.class_embed(decoded), self.bbox_embed(decoded).sigmoid())
 
     def parameter_groups(self, learning_rate: float, backbone_learning_rate: float) -> list[dict[str, Any]]:
-        """AdamW's two groups of the paper: the backbone and the rest, what is trained only."""
-        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                groups["backbone" in name].append(parameter)
-        rates = {False: learning_rate, True: backbone_learning_rate}
-        return [{"params": groups[part], "lr": rates[part]} for part in (False, True) if groups[part]]
+        return parameter_groups(self, learning_rate, backbone_learning_rate)
 
     @torch.no_grad()
     def attention_maps(self, images: Images, encoder: bool = False) -> AttentionMaps:
@@ -101,6 +96,16 @@ class DETR(nn.Module):
         with record_attention(last) as weights:
             self.transformer(tokens, self.queries(len(images)))
         return AttentionMaps.of(weights, cells.sizes)
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, backbone_learning_rate: float) -> list[dict[str, Any]]:
+    """AdamW's two groups of the paper: all that is trained, the backbone apart from the rest."""
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["backbone" in name].append(parameter)
+    rates = {False: learning_rate, True: backbone_learning_rate}
+    return [{"params": groups[part], "lr": rates[part]} for part in (False, True) if groups[part]]
 
 
 def _position(kind: str, hidden_dim: int) -> nn.Module:
@@ -158,17 +163,16 @@ detr_resnet101 = partial(detr, "resnet101")
 detr_resnet50_dc5 = partial(detr, "resnet50", dilation=True)
 detr_resnet101_dc5 = partial(detr, "resnet101", dilation=True)
 # For data sets of a few hundred small images, trained from nothing on a CPU.
-detr_small = partial(
-    detr,
-    "small",
-    num_queries=50,
-    hidden_dim=128,
-    nheads=8,
-    enc_layers=3,
-    dec_layers=3,
-    dim_feedforward=512,
-    dropout=0.0,
-)
+SMALL: dict[str, Any] = {
+    "num_queries": 50,
+    "hidden_dim": 128,
+    "nheads": 8,
+    "enc_layers": 3,
+    "dec_layers": 3,
+    "dim_feedforward": 512,
+    "dropout": 0.0,
+}
+detr_small = partial(detr, "small", **SMALL)
 # For tests and the demo.
 detr_tiny = partial(
     detr, "tiny", num_queries=25, hidden_dim=64, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=256, dropout=0.0
