@@ -1,0 +1,1 @@
+"""Timings of detr_fast against other implementations: ``python -m benchmarks.run --help``."""
