@@ -30,6 +30,7 @@ from detr_fast.models.checkpoint import load_backbone, load_weights
 
 LAST = "last.pth"
 BEST = "best.pth"
+MOST_LAYERS = 64  # of a decoder
 
 
 @dataclass
@@ -162,9 +163,11 @@ def build_run(config: Config, processes: Processes, folder: Path) -> Run:
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     """The paper's matcher and losses with the coefficients of the settings."""
     matcher = HungarianMatcher(config.matcher.cost_class, config.matcher.cost_bbox, config.matcher.cost_giou)
-    weights = {"loss_ce": config.loss.ce, "loss_bbox": config.loss.bbox, "loss_giou": config.loss.giou}
+    own = {"loss_ce": config.loss.ce, "loss_bbox": config.loss.bbox, "loss_giou": config.loss.giou}
+    # Every decoder layer counts the same; names of layers that a model does not have are never asked for.
+    earlier = {f"{name}_{layer}": weight for name, weight in own.items() for layer in range(MOST_LAYERS)}
     losses = ["labels", "boxes", "cardinality"]
-    return SetCriterion(num_classes, matcher, weights, config.loss.eos_coef, losses)
+    return SetCriterion(num_classes, matcher, own | earlier, config.loss.eos_coef, losses)
 
 
 def distribute(model: nn.Module, processes: Processes) -> nn.Module:

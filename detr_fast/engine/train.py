@@ -220,6 +220,8 @@ def _log_interval(run: Run, recent: dict[int, tuple[int, ...]], clock: _Clock) -
     means = run.sums.read("interval")
     run.sums.clear("interval")
     rates = {f"learning_rate_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
+    if (skipped := run.criterion.matcher_report()) is not None:
+        run.log.say(f"step {run.place.step}: left out of the matching: {skipped}")
     memory = {}
     if run.device.type == "cuda":
         memory["memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30

@@ -76,6 +76,10 @@ def test_a_run_writes_what_it_promises(straight: Path) -> None:
     ]
     assert log[2]["loss"] == pytest.approx((log[0]["loss"] + log[1]["loss"]) / 2, rel=1e-12)
     assert {"loss_ce", "loss_giou_0", "gradient_norm", "AP", "AP50"} <= log[2].keys()
+    parts = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
+    total = sum(weight * (log[2][name] + log[2][f"{name}_0"]) for name, weight in parts.items())
+    # Sums of six float32 terms, each rounded once a step.
+    assert log[2]["loss"] == pytest.approx(total, rel=10 * torch.finfo(torch.float32).eps)
     best = load_checkpoint(straight / "best.pth")
     assert "optimizer" not in best
     assert best["categories"]["names"] == ["circle", "rectangle", "triangle"]

@@ -1,0 +1,203 @@
+"""The command line from end to end, on a generated data set of a few small images."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detr_fast.__main__ import main
+from detr_fast.data.shapes import write_shapes
+from detr_fast.engine.checkpoint import load_checkpoint
+
+SMALLEST = [
+    *("--model.name=detr_tiny", "--model.num-queries=8", "--model.hidden-dim=32", "--model.nheads=2"),
+    *("--model.enc-layers=1", "--model.dec-layers=2", "--model.dim-feedforward=32", "--data.scales=64"),
+    *("--data.evaluation-size=64", "--data.workers=0", "--train.log-steps=1", "--train.tensorboard=no"),
+    *("--train.device=cpu", "--evaluate.batch-size=5"),
+]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("data") / "shapes", {"train": 8, "val": 5}, 64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["train", str(shapes), *SMALLEST, "--train.epochs=1", f"--train.output={folder}"]) == 0
+    return folder
+
+
+def words(*more: object) -> list[str]:
+    return [sys.executable, "-m", "detr_fast", *map(str, more)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_train_resume_evaluate_and_predict(
+    shapes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", str(run), "--train.epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "continuing" in said
+    assert "epoch 2/2" in said
+    assert load_checkpoint(run / "last.pth")["place"]["epoch"] == 2
+
+    assert main(["evaluate", str(run / "last.pth"), str(shapes), "--json", str(tmp_path / "numbers.json")]) == 0
+    table = capsys.readouterr().out
+    assert "average precision at IoU 0.75" in table
+    assert "triangle" in table
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    trained = json.loads((run / "evaluation.json").read_text())
+    assert numbers["numbers"] == trained["numbers"]
+    assert numbers["images"] == 5
+
+    found = tmp_path / "found"
+    images = [str(shapes / "val"), str(shapes / "train" / "00000[01].jpg")]
+    assert main(["predict", str(run), *images, "--output", str(found), "--threshold", "0"]) == 0
+    predictions = json.loads((found / "predictions.json").read_text())
+    assert len(predictions) == 7
+    assert all(len(entry["objects"]) == 8 for entry in predictions.values())
+    assert len(list(found.glob("*.png"))) == 7
+    with Image.open(found / "000000.png") as drawn:
+        assert drawn.size == (64, 64)
+
+
+def test_another_split(shapes: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), str(shapes), "--split", "train"]) == 0
+    assert "8 images" in capsys.readouterr().out
+
+
+def test_check_data(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-data", str(shapes)]) == 0
+    assert "rectangle" in capsys.readouterr().out
+
+
+def test_unreadable_images_stop_or_are_skipped(
+    shapes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    command = ["predict", str(run), str(broken), str(shapes / "val" / "000000.jpg"), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "broken.jpg: cannot be read" in capsys.readouterr().err
+    assert main([*command, "--skip-faults"]) == 0
+    assert "1 images, 1 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "DATA", "--train.epoch=3"], "no setting is called train.epoch; did you mean train.epochs?"),
+        (["train", "DATA", "--epochs=3"], "unknown argument --epochs=3; did you mean --train.epochs?"),
+        (["train", "DATA", "--train.epochs=x"], "train.epochs must be integer, got 'x'"),
+        (["train"], "detr-fast train DATA"),
+        (["train", "nothing/here", "--model.name=detr_tiny"], "here must be a folder, not found"),
+        (["train", "--resume", "nothing/here"], "checkpoint nothing/here does not exist"),
+        (["train", "DATA", "--config", "nothing.json"], "nothing.json"),
+        (["evaluate", "nothing.pth", "DATA"], "checkpoint nothing.pth does not exist"),
+        (["predict", "RUN", "nothing*.jpg"], "no image found: nothing*.jpg"),
+        (["predict", "RUN", "DATA/val", "--threshold", "7"], "--threshold must be in [0, 1], got 7.0"),
+        (["predict"], "the following arguments are required: CHECKPOINT, IMAGES"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["check-data", "nothing/here"], "nothing/here"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line(
+    command: list[str], said: str, shapes: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word.replace("DATA", str(shapes)).replace("RUN", str(run)) for word in command]
+    assert main(given) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("detr-fast: error: ")
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+def test_traceback_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "nothing.pth", "DATA", "--traceback"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_categories_of_another_data_set_are_refused(
+    shapes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    (other / "annotations").mkdir(parents=True)
+    (other / "val").symlink_to(shapes / "val")
+    content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    content["categories"][0]["name"] = "dog"
+    (other / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    assert main(["evaluate", str(run), str(other)]) == 2
+    assert "category 1 is 'dog', the model knows it as 'circle'" in capsys.readouterr().err
+
+
+def test_help_of_train_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    assert "--optimizer.backbone_learning_rate=1e-05" in capsys.readouterr().out
+
+
+def test_settings_come_from_a_file_and_the_command_line_wins(shapes: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"train": {"epochs": 1, "seed": 5}, "model": {"name": "detr_tiny", "num_queries": 3}}))
+    folder = tmp_path / "run"
+    command = ["train", str(shapes), *SMALLEST, "--config", str(file), f"--train.output={folder}", "--train.seed=6"]
+    assert main(command) == 0
+    saved = json.loads((folder / "config.json").read_text())
+    assert (saved["train"]["epochs"], saved["train"]["seed"], saved["model"]["num_queries"]) == (1, 6, 8)
+
+
+def test_sigterm_saves_and_exits(shapes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = words("train", shapes, *SMALLEST, "--train.epochs=10000", f"--train.output={folder}", "--data.workers=1")
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 60
+        while not ((folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count("\n") >= 3):
+            assert process.poll() is None, "training ended by itself"
+            assert time.monotonic() < until, "training did not start"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.startswith("detr-fast: SIGTERM: saved")
+    assert "Traceback" not in errors
+    place = load_checkpoint(folder / "last.pth")["place"]
+    assert place["step"] >= 3
+    assert place["step"] == place["epoch"] * 4 + place["batch"]
+
+
+def test_two_processes(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "detr_fast", "train", str(shapes), *SMALLEST, "--train.epochs=2", f"--train.output={folder}"]
+    done = subprocess.run([*launcher, *arguments], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1
+    # Two images each on two processes: 2 steps an epoch of 8 images.
+    assert load_checkpoint(folder / "last.pth")["place"]["step"] == 4
+    trained = json.loads((folder / "evaluation.json").read_text())
+    assert trained["images"] == 5
+    assert main(["evaluate", str(folder / "last.pth"), str(shapes), "--json", str(tmp_path / "numbers.json")]) == 0
+    alone = json.loads((tmp_path / "numbers.json").read_text())
+    # Batches of other images round differently, which must not move a number of five images by more than this.
+    assert alone["numbers"] == pytest.approx(trained["numbers"], abs=1e-6)
+    assert alone["images"] == 5
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.startswith("detr_fast ")
