@@ -45,19 +45,15 @@ void solve(const double* cost, int64_t rows, int64_t columns, bool maximize, int
   detr::cpu::kernels().assign_double(arguments, 0, 1);
 }
 
-py::array as_float64(const py::object& cost_matrix) {
-  py::array given = py::array::ensure(cost_matrix);
-  if (!given) throw py::error_already_set();
-  return given;
-}
-
 py::tuple linear_sum_assignment(const py::object& cost_matrix, bool maximize) {
-  py::array given = as_float64(cost_matrix);
+  const py::array given = py::array::ensure(cost_matrix);
+  if (!given) throw py::error_already_set();
   if (given.ndim() != 2)
     throw py::value_error("expected a matrix (2-D array), got a " + std::to_string(given.ndim()) + " array");
   const char kind = given.dtype().kind();
   if (kind != 'f' && kind != 'i' && kind != 'u' && kind != 'b')
-    throw py::value_error("expected a matrix containing numerical entries, got " + std::string(py::str(given.dtype())));
+    throw py::type_error("linear_sum_assignment: cost_matrix must be of a real type, got " +
+                         std::string(py::str(given.dtype())));
   const auto cost = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(given);
   if (!cost) throw py::error_already_set();
   const int64_t rows = cost.shape(0), columns = cost.shape(1), count = rows < columns ? rows : columns;

@@ -1,0 +1,28 @@
+"""Every native op is tested with each instruction set, and with memory that starts as NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from detr_fast import _C
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = _C.instruction_set()
+    if not _C.use_instruction_set(request.param):
+        pytest.skip(f"this processor or build has no {request.param}")
+    yield request.param
+    _C.use_instruction_set(best)

@@ -1,0 +1,177 @@
+"""matching_cost and match: equal to their definition, in every type and instruction set; faults are reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from problems import predictions_and_targets
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from detr_fast import _C
+from detr_fast.ops import ForbiddenPairs, assign, match, match_reference, matching_cost, matching_cost_reference
+from detr_fast.structures import offsets_of
+
+KINDS = ["softmax", "focal", "focal_stable"]
+TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+WEIGHTS = (1.0, 5.0, 2.0)
+
+
+def in_float64(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].double(), inputs[1].double(), *inputs[2:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_cost_is_the_definition(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
+    for classes, queries in ((11, 30), (92, 100), (1, 3), (16, 16)):
+        if kind == "softmax" and classes == 1:
+            continue
+        inputs = predictions_and_targets(queries=queries, classes=classes, dtype=dtype)
+        for alpha, gamma in ((0.25, 2.0), (0.4, 1.5)):
+            cost, status = matching_cost(*inputs, *WEIGHTS, kind, alpha, gamma)
+            definition = matching_cost_reference(*inputs, *WEIGHTS, kind, alpha, gamma)
+            exact = matching_cost_reference(*in_float64(inputs), *WEIGHTS, kind, alpha, gamma)
+            assert_as_accurate(cost, definition, exact)
+            assert ForbiddenPairs.read(status) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_logits_stay_right(kind: str, instruction_set: str) -> None:
+    logits, *rest = predictions_and_targets(dtype=torch.float32)
+    logits = logits.sign() * torch.tensor([0.0, 8.5, 17.5, 40.0, 88.0, 100.0])[
+        torch.arange(logits.numel()) % 6
+    ].view_as(logits)
+    cost, status = matching_cost(logits, *rest, *WEIGHTS, kind)
+    exact = matching_cost_reference(logits.double(), *rest, *WEIGHTS, kind)
+    definition = matching_cost_reference(logits, *rest, *WEIGHTS, kind)
+    assert ForbiddenPairs.read(status) is None
+    assert_as_accurate(cost, definition, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_match_is_assign_of_matching_cost(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
+    inputs = predictions_and_targets(counts=(9, 0, 40, 2), queries=33, dtype=dtype)
+    query_of_target, status = match(*inputs, *WEIGHTS, kind)
+    cost, cost_status = matching_cost(*inputs, *WEIGHTS, kind)
+    assert torch.equal(query_of_target, assign(cost, inputs[-1]))
+    assert torch.equal(status, cost_status)
+
+
+def test_match_is_the_definition() -> None:
+    inputs = predictions_and_targets(dtype=torch.float64)
+    assert torch.equal(match(*inputs, *WEIGHTS)[0], match_reference(*inputs, *WEIGHTS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_instruction_set_gives_the_same_bits(kind: str) -> None:
+    inputs = predictions_and_targets(queries=100, classes=92)
+    best, costs = _C.instruction_set(), []
+    for name in ("portable", "avx2", "avx512"):
+        if _C.use_instruction_set(name):
+            costs.append(matching_cost(*inputs, *WEIGHTS, kind, 0.3, 1.7)[0])
+    _C.use_instruction_set(best)
+    assert all(torch.equal(cost, costs[0]) for cost in costs)
+
+
+def test_strided_inputs_are_read_right() -> None:
+    logits, boxes, *rest = predictions_and_targets()
+    apart = logits.transpose(0, 2).contiguous().transpose(0, 2)
+    wide = torch.cat([boxes, boxes], -1)[..., :4]
+    assert torch.equal(matching_cost(apart, wide, *rest)[0], matching_cost(logits, boxes, *rest)[0])
+
+
+def test_rows_past_the_last_offset_are_zero() -> None:
+    logits, boxes, labels, target_boxes, offsets = predictions_and_targets()
+    spare = (torch.cat([labels, labels[:2]]), torch.cat([target_boxes, target_boxes[:2]]), offsets)
+    cost, _ = matching_cost(logits, boxes, *spare)
+    assert (cost[:, -2:] == 0).all()
+    query_of_target, _ = match(logits, boxes, *spare)
+    assert (query_of_target[:, -2:] == -1).all()
+
+
+FAULTS = {
+    "NaN logit": (lambda x: x["logits"][1, 2, 4].fill_(torch.nan), 4, ("class",), 7),
+    "infinite logit": (lambda x: x["logits"][1, 2, 4, 0].fill_(torch.inf), 4, ("class",), 7),
+    "NaN box": (lambda x: x["boxes"][1, 2, 4, 3].fill_(torch.nan), 4, ("box", "GIoU"), 7),
+    "negative width": (lambda x: x["boxes"][1, 2, 4, 2].fill_(-0.1), 4, ("GIoU",), 7),
+    "label": (lambda x: x["labels"][5].fill_(11), 0, ("label",), 90),
+    "target box": (lambda x: x["target_boxes"][5].fill_(torch.inf), 0, ("box", "GIoU"), 90),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_status_names_the_first_forbidden_pair(name: str, instruction_set: str) -> None:
+    keys = ("logits", "boxes", "labels", "target_boxes", "offsets")
+    inputs = dict(zip(keys, predictions_and_targets(), strict=True))
+    change, query, terms, count = FAULTS[name]
+    change(inputs)
+    for op in (match, matching_cost):
+        found = ForbiddenPairs.read(op(*inputs.values())[1])
+        assert found is not None
+        one_layer = name in ("label", "target box")
+        target = 2 if one_layer else 0
+        assert (found.layer, found.image, found.target, found.query) == (0 if one_layer else 1, 2, target, query)
+        assert (found.terms, found.count) == (terms, count)
+        assert f"image 2, target {target}, query {query}" in str(found)
+    rest = match(*inputs.values())[0]
+    if one_layer:
+        assert (rest[:, 5] == -1).all()
+    else:
+        assert not (rest[1, 3:10] == 4).any()
+    assert (rest >= 0).sum() == rest.numel() - (len(rest) if one_layer else 0)
+
+
+def test_boxes_without_area_on_both_sides_have_no_cost() -> None:
+    logits, boxes, labels, target_boxes, offsets = predictions_and_targets()
+    target_boxes[5, 2:] = 0
+    assert ForbiddenPairs.read(match(logits, boxes, labels, target_boxes, offsets)[1]) is None
+    boxes[2, 2, 9, 2:] = 0
+    found = ForbiddenPairs.read(match(logits, boxes, labels, target_boxes, offsets)[1])
+    assert found is not None
+    assert (found.layer, found.target, found.query, found.terms) == (2, 2, 9, ("GIoU",))
+
+
+@pytest.mark.parametrize("op", ["match", "matching_cost"])
+def test_opcheck(op: str) -> None:
+    arguments = (*predictions_and_targets(), *WEIGHTS, "softmax", 0.25, 2.0)
+    torch.library.opcheck(getattr(torch.ops.detr_fast, op).default, arguments)
+
+
+def test_compiles_whole_and_not_again_when_targets_change() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(match, backend=counter, fullgraph=True, dynamic=True)
+    for counts in ((3, 4), (5, 2), (9, 20)):
+        inputs = predictions_and_targets(counts)
+        assert torch.equal(compiled(*inputs)[0], match(*inputs)[0])
+    assert counter.frame_count == 1
+
+
+def test_errors_name_the_argument() -> None:
+    logits, boxes, labels, target_boxes, offsets = predictions_and_targets()
+    cases = [
+        ((logits[0], boxes, labels, target_boxes, offsets), r"match: logits must be \[L, B, Q, C\]"),
+        ((logits, boxes[..., :3], labels, target_boxes, offsets), r"match: boxes must be \[L, B, Q, 4\]"),
+        ((logits.int(), boxes, labels, target_boxes, offsets), "match: logits must be float64, .* got Int"),
+        ((logits, boxes, labels.int(), target_boxes, offsets), "match: labels must be int64, got Int"),
+        ((logits, boxes, labels, target_boxes[:3], offsets), r"match: target_boxes must be \[T, 4\] as labels"),
+        ((logits, boxes, labels, target_boxes, offsets[:3]), r"match: offsets must be \[B \+ 1\]"),
+        ((logits, boxes, labels, target_boxes.double(), offsets), "match: target_boxes must be float32"),
+    ]
+    for inputs, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            match(*inputs)
+    with pytest.raises(RuntimeError, match="kind must be softmax, focal or focal_stable, got other"):
+        match(logits, boxes, labels, target_boxes, offsets, kind="other")  # type: ignore[arg-type]
+
+
+def test_no_targets_and_no_images() -> None:
+    inputs = predictions_and_targets(counts=(0, 0))
+    query_of_target, status = match(*inputs)
+    assert query_of_target.shape == (3, 0)
+    assert ForbiddenPairs.read(status) is None
+    empty = (torch.zeros(2, 0, 5, 4), torch.zeros(2, 0, 5, 4), inputs[2], inputs[3], offsets_of([]))
+    assert matching_cost(*empty)[0].shape == (2, 0, 5)

@@ -1,0 +1,157 @@
+"""set_loss: losses and gradients equal to the definition in every type; gradcheck, opcheck, compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from problems import predictions_and_targets
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from detr_fast import _C
+from detr_fast.ops import match, set_loss, set_loss_reference
+
+KINDS = ["softmax", "focal"]
+TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def inputs_of(dtype: torch.dtype = torch.float32, kind: str = "softmax", **options) -> tuple[list, dict]:
+    logits, boxes, labels, target_boxes, offsets = predictions_and_targets(dtype=dtype, **options)
+    query_of_target, _ = match(logits, boxes, labels, target_boxes, offsets)
+    weight = torch.ones(logits.shape[-1])
+    weight[-1], weight[0] = 0.1, 1.7
+    num_boxes = torch.tensor(float(max(len(labels), 1)))
+    arguments = [logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes]
+    return arguments, {"class_weight": weight if kind == "softmax" else None, "kind": kind}
+
+
+def losses_and_gradients(function, arguments: list, options: dict, dtype: torch.dtype | None = None) -> list[Tensor]:
+    logits, boxes = (x.detach().to(dtype or x.dtype).requires_grad_() for x in arguments[:2])
+    losses = function(logits, boxes, *arguments[2:], **options)
+    incoming = torch.linspace(0.5, 2.0, losses.numel(), dtype=losses.dtype).view_as(losses)
+    (losses * incoming).sum().backward()
+    return [losses.detach(), logits.grad, boxes.grad]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_losses_and_gradients_are_the_definitions(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
+    for classes, counts in ((11, (3, 0, 7, 5)), (92, (1, 4)), (17, (0, 0)), (6, (40, 2))):
+        arguments, options = inputs_of(dtype, kind, classes=classes, counts=counts)
+        fast = losses_and_gradients(set_loss, arguments, options)
+        definition = losses_and_gradients(set_loss_reference, arguments, options)
+        exact = losses_and_gradients(set_loss_reference, arguments, options, torch.float64)
+        for ours, theirs, best in zip(fast, definition, exact, strict=True):
+            assert_as_accurate(ours, theirs, best)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_do_not_underflow_in_float16(kind: str) -> None:
+    """A gradient scaler multiplies after the loss; unscaled gradients below 6e-8 must survive until then."""
+    arguments, options = inputs_of(torch.float16, kind)
+    logits = arguments[0].clone().requires_grad_()
+    boxes = arguments[1].clone().requires_grad_()
+    (set_loss(logits, boxes, *arguments[2:-1], torch.tensor(1e6), **options)[:, :3].sum() * 65536).backward()
+    assert (boxes.grad[boxes.grad != 0].abs() > 0.01).any()
+    assert (boxes.grad != 0).any(-1).sum() == (arguments[2] >= 0).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("magnitude", [20.0, 90.0])
+def test_extreme_logits(kind: str, magnitude: float, instruction_set: str) -> None:
+    arguments, options = inputs_of(torch.float32, kind)
+    arguments[0] = arguments[0].sign() * magnitude
+    fast = losses_and_gradients(set_loss, arguments, options)
+    definition = losses_and_gradients(set_loss_reference, arguments, options)
+    exact = losses_and_gradients(set_loss_reference, arguments, options, torch.float64)
+    for ours, theirs, best in zip(fast, definition, exact, strict=True):
+        assert ours.isfinite().all()
+        assert_as_accurate(ours, theirs, best)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str) -> None:
+    arguments, options = inputs_of(torch.float64, kind, classes=4, queries=5, layers=2, counts=(2, 3))
+    logits, boxes = (x.clone().requires_grad_() for x in arguments[:2])
+    # Cardinality and class error are step functions.
+    torch.autograd.gradcheck(lambda a, b: set_loss(a, b, *arguments[2:], **options)[:, :3], (logits, boxes))
+
+
+def test_ties_of_box_edges_have_the_gradient_of_the_definition() -> None:
+    arguments, options = inputs_of(torch.float64)
+    _logits, boxes, _query_of_target, labels, target_boxes, _offsets, _ = arguments
+    target_boxes = torch.tensor([0.5, 0.5, 0.25, 0.25]).repeat(len(labels), 1)
+    boxes = target_boxes[0].double().expand_as(boxes).clone()
+    boxes[:, :, ::3, 0] += 0.25  # touching edges: no overlap, but clamp passes the gradient on
+    boxes[:, :, 1::3, 2] = 0.125
+    arguments[1], arguments[4] = boxes, target_boxes
+    fast = losses_and_gradients(set_loss, arguments, options)
+    definition = losses_and_gradients(set_loss_reference, arguments, options)
+    for ours, theirs in zip(fast, definition, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
+    best, results = _C.instruction_set(), []
+    for kind in KINDS:
+        arguments, options = inputs_of(kind=kind, classes=92, queries=100)
+        results.append([])
+        for name in ("portable", "avx2", "avx512"):
+            for threads in (1, 2):
+                if _C.use_instruction_set(name):
+                    torch.set_num_threads(threads)
+                    results[-1].append(losses_and_gradients(set_loss, arguments, options))
+    _C.use_instruction_set(best)
+    for runs in results:
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind: str) -> None:
+    arguments, options = inputs_of(kind=kind)
+    arguments[0].requires_grad_()
+    arguments[1].requires_grad_()
+    torch.library.opcheck(
+        torch.ops.detr_fast.set_loss.default, (*arguments, options["class_weight"], options["kind"], 0.25, 2.0)
+    )
+    losses, logits_gradient, boxes_gradient = torch.ops.detr_fast.set_loss.default(
+        *(x.detach() for x in arguments), options["class_weight"], options["kind"], 0.25, 2.0
+    )
+    torch.library.opcheck(
+        torch.ops.detr_fast.set_loss_backward.default,
+        (losses, logits_gradient, boxes_gradient, torch.bfloat16, torch.float32),
+    )
+
+
+def test_compiles_whole_with_backward_and_not_again_when_targets_change() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(set_loss, backend=counter, fullgraph=True, dynamic=True)
+    for counts in ((3, 4), (5, 2), (9, 20)):
+        arguments, options = inputs_of(counts=counts)
+        fast = losses_and_gradients(compiled, arguments, options)
+        eager = losses_and_gradients(set_loss, arguments, options)
+        assert all(torch.equal(a, b) for a, b in zip(fast, eager, strict=True))
+    assert counter.frame_count == 1
+
+
+def test_errors_name_the_argument() -> None:
+    arguments, options = inputs_of()
+    bad_query = arguments.copy()
+    bad_query[2] = arguments[2].clone()
+    bad_query[2][1, 4] = 30
+    with pytest.raises(
+        RuntimeError, match=r"query_of_target must be in \[-1, 30\), got 30 for layer 1, image 2, target 1"
+    ):
+        set_loss(*bad_query, **options)
+    bad_label = arguments.copy()
+    bad_label[3] = arguments[3].clone()
+    bad_label[3][0] = 11
+    with pytest.raises(RuntimeError, match=r"labels must be in \[0, 11\), got 11 for image 0, target 0"):
+        set_loss(*bad_label, **options)
+    with pytest.raises(RuntimeError, match=r"class_weight must be \[C\] as logits, got \[3\]"):
+        set_loss(*arguments, class_weight=torch.ones(3))
+    with pytest.raises(RuntimeError, match="num_boxes must have no dimensions"):
+        set_loss(*arguments[:-1], torch.ones(1), **options)

@@ -1,0 +1,183 @@
+"""SetCriterion: keys, values, normalisers, foreign matchers, ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+
+from detr_fast import HungarianMatcher, Predictions, SetCriterion, Targets
+
+LOSSES = ["labels", "boxes", "cardinality"]
+WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_ce_0": 1.0, "loss_bbox_0": 5.0, "loss_giou_0": 2.0}
+
+
+def batch(counts: tuple[int, ...] = (3, 0, 5), seed: int = 0) -> tuple[Predictions, list[dict[str, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, len(counts), 9, 8, generator=generator)
+    boxes = 0.2 + 0.5 * torch.rand(2, len(counts), 9, 4, generator=generator)
+    targets = [
+        {
+            "labels": torch.randint(0, 7, (count,), generator=generator),
+            "boxes": 0.2 + 0.5 * torch.rand(count, 4, generator=generator),
+        }
+        for count in counts
+    ]
+    return Predictions(logits, boxes), targets
+
+
+def criterion_of(losses: list[str] = LOSSES, **options) -> SetCriterion:
+    return SetCriterion(7, HungarianMatcher(1, 5, 2), WEIGHTS, 0.1, losses, **options)
+
+
+def test_dictionaries_and_structures_give_the_same() -> None:
+    predictions, targets = batch()
+    criterion = criterion_of()
+    old, new = criterion(predictions.as_dict(), targets), criterion(predictions, Targets.pack(targets))
+    assert list(old) == [
+        *("loss_ce", "class_error", "loss_bbox", "loss_giou", "cardinality_error"),
+        *("loss_ce_0", "loss_bbox_0", "loss_giou_0", "cardinality_error_0"),
+    ]
+    assert list(old) == list(new)
+    assert all(torch.equal(old[key], new[key]) for key in old)
+    assert all(value.dim() == 0 for value in old.values())
+
+
+def test_only_the_losses_asked_for() -> None:
+    predictions, targets = batch()
+    assert list(criterion_of(["boxes"])(predictions.as_dict(), targets)) == [
+        *("loss_bbox", "loss_giou", "loss_bbox_0", "loss_giou_0")
+    ]
+
+
+def test_weighted_sum_uses_the_weights_that_are_named() -> None:
+    predictions, targets = batch()
+    criterion = criterion_of()
+    losses = criterion(predictions, Targets.pack(targets))
+    expected = sum(losses[key] * weight for key, weight in WEIGHTS.items())
+    torch.testing.assert_close(criterion.weighted_sum(losses), expected)
+    with pytest.raises(ValueError, match="weight_dict names none of the losses class_error"):
+        criterion.weighted_sum({"class_error": losses["class_error"]})
+
+
+def test_gradient_of_errors_is_absent() -> None:
+    predictions, targets = batch()
+    logits = predictions.logits.requires_grad_()
+    losses = criterion_of()(Predictions(logits, predictions.boxes), Targets.pack(targets))
+    assert not losses["class_error"].requires_grad
+    assert not losses["cardinality_error"].requires_grad
+    assert losses["loss_ce"].requires_grad
+
+
+def test_images_without_objects_have_finite_losses() -> None:
+    predictions, targets = batch(counts=(0, 0))
+    boxes = predictions.boxes.requires_grad_()
+    criterion = criterion_of()
+    losses = criterion(Predictions(predictions.logits, boxes), Targets.pack(targets))
+    assert losses["loss_bbox"] == losses["loss_giou"] == 0
+    assert losses["class_error"] == 100
+    criterion.weighted_sum(losses).backward()
+    assert (boxes.grad == 0).all()
+
+
+def test_spare_capacity_changes_nothing() -> None:
+    predictions, targets = batch()
+    packed = Targets.pack(targets)
+    spare = Targets(
+        torch.cat([packed.labels, torch.full((4,), 99)]),
+        torch.cat([packed.boxes, torch.full((4, 4), torch.nan)]),
+        packed.offsets,
+        packed.max_count,
+    )
+    criterion = criterion_of()
+    plain, roomy = criterion(predictions, packed), criterion(predictions, spare)
+    assert all(torch.equal(plain[key], roomy[key]) for key in plain)
+
+
+class ScipyStyleMatcher(nn.Module):
+    """A matcher that knows nothing of this package: query t for target t."""
+
+    def forward(self, outputs, targets):
+        counts = [min(len(t["labels"]), outputs["pred_logits"].shape[1]) for t in targets]
+        return [(torch.arange(count), torch.arange(count)) for count in counts]
+
+
+def test_foreign_matchers_are_used() -> None:
+    predictions, targets = batch()
+    criterion = SetCriterion(7, ScipyStyleMatcher(), WEIGHTS, 0.1, LOSSES)
+    losses = criterion(predictions.as_dict(), targets)
+    pairs = [(predictions.boxes[1, i, : len(t["boxes"])], t["boxes"]) for i, t in enumerate(targets)]
+    expected = sum((box - goal).abs().sum() for box, goal in pairs) / 8
+    torch.testing.assert_close(losses["loss_bbox"], expected)
+    fast = criterion(predictions, Targets.pack(targets))
+    assert all(torch.equal(losses[key], fast[key]) for key in losses)
+
+
+def test_class_weights_may_be_changed() -> None:
+    predictions, targets = batch()
+    criterion = criterion_of()
+    before = criterion(predictions.as_dict(), targets)["loss_ce"]
+    criterion.empty_weight[targets[0]["labels"][0]] = 9
+    assert criterion(predictions.as_dict(), targets)["loss_ce"] != before
+    assert list(criterion.state_dict()) == ["empty_weight"]
+
+
+def test_arguments_are_checked() -> None:
+    predictions, targets = batch()
+    with pytest.raises(ValueError, match="losses must be of labels, cardinality, boxes, masks, got 'label'"):
+        criterion_of(["label"])
+    with pytest.raises(ValueError, match=r"logits must have 12 classes \(num_classes=11, kind='softmax'\), got 8"):
+        SetCriterion(11, HungarianMatcher(), {}, 0.1, LOSSES)(predictions.as_dict(), targets)
+    with pytest.raises(ValueError, match="losses has 'masks', but outputs has no 'pred_masks'"):
+        criterion_of([*LOSSES, "masks"])(predictions.as_dict(), targets)
+    targets[1]["labels"], targets[1]["boxes"] = torch.tensor([7]), torch.rand(1, 4)
+    with pytest.raises(ValueError, match=r"image 1 of the batch, target 0: label must be in \[0, 7\), got 7"):
+        criterion_of()(predictions.as_dict(), targets)
+
+
+def test_compiles_whole() -> None:
+    predictions, targets = batch()
+    criterion = SetCriterion(7, HungarianMatcher(1, 5, 2, invalid="skip"), WEIGHTS, 0.1, LOSSES)
+    packed = Targets.pack(targets)
+
+    def total(logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        return criterion.weighted_sum(criterion(Predictions(logits, boxes), packed))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for function in (total, compiled):
+        logits = predictions.logits.clone().requires_grad_()
+        function(logits, predictions.boxes).backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def losses_of_rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    predictions, targets = batch(counts=(3, 0, 5) if rank == 0 else (0, 0, 0), seed=rank)
+    torch.save(criterion_of()(predictions.as_dict(), targets), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_boxes_are_counted_across_ranks(tmp_path) -> None:
+    multiprocessing.spawn(losses_of_rank, (free_port(), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    predictions, targets = batch()
+    alone = criterion_of()(predictions.as_dict(), targets)
+    # 8 boxes on one rank of two: the mean is 4, and averaging gradients over ranks restores 8.
+    torch.testing.assert_close(first["loss_bbox"], 2 * alone["loss_bbox"])
+    torch.testing.assert_close(first["loss_ce"], alone["loss_ce"])
+    assert second["loss_bbox"] == 0

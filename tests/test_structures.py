@@ -1,0 +1,93 @@
+"""Packing of targets and images, and errors that name the image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detr_fast.structures import Images, Predictions, Targets, offsets_of
+
+
+def target(labels: list[int], boxes: list[list[float]] | None = None) -> dict[str, torch.Tensor]:
+    return {
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "boxes": torch.tensor(boxes or [[0.5, 0.5, 0.1, 0.1]] * len(labels)).reshape(-1, 4),
+    }
+
+
+def test_targets_are_one_flat_list() -> None:
+    packed = Targets.pack([target([3, 1]), target([]), target([2])])
+    assert packed.labels.tolist() == [3, 1, 2]
+    assert packed.boxes.shape == (3, 4)
+    assert packed.offsets.tolist() == [0, 2, 2, 3]
+    assert packed.offsets.dtype == torch.int32
+    assert (packed.max_count, len(packed)) == (2, 3)
+
+
+def test_no_images() -> None:
+    packed = Targets.pack([])
+    assert packed.offsets.tolist() == [0]
+    assert (len(packed), packed.max_count) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, "image 17: 'boxes' is missing, got \\['labels'\\]"),
+        (
+            {**target([1]), "labels": torch.zeros(1)},
+            r"image 17: labels must be \[n\] integers, got \[1\]",
+        ),
+        ({**target([1]), "boxes": torch.zeros(2, 4)}, r"image 17: boxes must be \[1, 4\] .* got \[2, 4\]"),
+        ({**target([1]), "boxes": torch.zeros(1, 4).long()}, "image 17: boxes must be .* got .* torch.int64"),
+        (target([1, 8]), r"image 17, target 1: label must be in \[0, 8\), got 8"),
+        (target([-1]), r"image 17, target 0: label must be in \[0, 8\), got -1"),
+        (target([1, 2], [[0.1] * 4, [0.5, 0.5, -0.1, 0.1]]), "image 17, target 1: box must be .* got"),
+    ],
+)
+def test_malformed_targets_name_the_image(bad: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Targets.pack([target([1, 2]), bad], num_classes=8, names=[5, 17])
+    with pytest.raises(ValueError, match="image 1 of the batch"):
+        Targets.pack([target([1, 2]), bad], num_classes=8)
+
+
+def test_images_share_a_canvas() -> None:
+    images = Images.batch([torch.ones(3, 4, 6), torch.ones(3, 5, 2)])
+    assert images.pixels.shape == (2, 3, 5, 6)
+    assert images.sizes == ((4, 6), (5, 2))
+    assert images.pixels.sum((1, 2, 3)).tolist() == [72, 30]
+    assert (~images.padding).sum((1, 2)).tolist() == [24, 10]
+    assert not images.padding[1, :5, :2].any()
+    assert len(images) == 2
+
+
+def test_a_tensor_has_no_padding() -> None:
+    images = Images.batch(torch.ones(2, 3, 4, 5))
+    assert not images.padding.any()
+    assert images.sizes == ((4, 5), (4, 5))
+    with pytest.raises(ValueError, match=r"image 0 must be \[channels, height, width\], got \[4, 5\]"):
+        Images.batch([torch.ones(4, 5)])
+
+
+def test_predictions_as_dictionary_and_back() -> None:
+    predictions = Predictions(torch.rand(3, 2, 5, 4), torch.rand(3, 2, 5, 4))
+    outputs = predictions.as_dict()
+    assert len(outputs["aux_outputs"]) == 2
+    assert torch.equal(outputs["pred_logits"], predictions.logits[2])
+    again = Predictions.from_dict(outputs)
+    assert torch.equal(again.logits, predictions.logits)
+    assert torch.equal(again.boxes, predictions.boxes)
+    assert "aux_outputs" not in Predictions(predictions.logits[:1], predictions.boxes[:1]).as_dict()
+
+
+def test_offsets() -> None:
+    assert offsets_of([2, 0, 3]).tolist() == [0, 2, 2, 5]
+    assert offsets_of([]).tolist() == [0]
+
+
+@pytest.mark.gpu
+def test_targets_reach_the_device_in_one_copy() -> None:
+    packed = Targets.pack([target([3, 1]), target([2])]).to("cuda")
+    assert packed.labels.tolist() == [3, 1, 2]
+    assert packed.boxes.data_ptr() - packed.labels.data_ptr() == 3 * 8
