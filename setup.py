@@ -1,5 +1,6 @@
 """Builds detr_fast._C and detr_fast._numpy with CMake; everything else is declared in pyproject.toml."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,13 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept, so that the next build is incremental
         prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        # cmake and ninja may be installed beside Python, in an environment that is not active.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PATH": path}
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
-        subprocess.run([*configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", prefix], check=True)
+        subprocess.run([*configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True, env=environment)
+        subprocess.run(["cmake", "--build", build], check=True, env=environment)
+        subprocess.run(["cmake", "--install", build, "--prefix", prefix], check=True, env=environment)
 
 
 setup(

@@ -1,8 +1,8 @@
 // Every native kernel's entry point, free of any framework: raw pointers in, raw pointers out.
 //
 // Axes: L decoder layers, B images, Q queries, T targets of the whole batch (flat), C classes. Image b owns targets
-// offsets[b] to offsets[b + 1]; targets past offsets[B] are ignored. A problem is one image in one layer, p = l * B + b;
-// every function works on problems [begin, end), writes only what belongs to them, and may run on several threads.
+// offsets[b] to offsets[b + 1]; targets past offsets[B] are ignored. A problem is one image in one layer, p = l * B +
+// b; every function works on problems [begin, end), writes only what belongs to them, and may run on several threads.
 #pragma once
 
 #include <cstddef>
@@ -95,13 +95,13 @@ struct LossArguments {
 template <typename T>
 struct ScaleArguments {
   int64_t layers, logits_per_layer, queries_per_layer;
-  const T* loss_gradient;          // [L, terms] incoming; the first three are class, L1, GIoU
+  const T* loss_gradient;  // [L, terms] incoming; the first three are class, L1, GIoU
   int64_t terms;
-  const T* logits_gradient;        // [L, logits_per_layer]
-  const T* boxes_gradient;         // [L, queries_per_layer, 8]
-  void* scaled_logits;             // [L, logits_per_layer] of logits_type
+  const T* logits_gradient;  // [L, logits_per_layer]
+  const T* boxes_gradient;   // [L, queries_per_layer, 8]
+  void* scaled_logits;       // [L, logits_per_layer] of logits_type
   ElementType logits_type;
-  void* scaled_boxes;              // [L, queries_per_layer, 4] of boxes_type
+  void* scaled_boxes;  // [L, queries_per_layer, 4] of boxes_type
   ElementType boxes_type;
 };
 

@@ -14,8 +14,8 @@ namespace py = pybind11;
 namespace {
 
 struct Summary {
-  bool invalid = false;    // NaN, or infinity of the sign that no assignment could afford
-  double largest = 0;      // finite magnitude
+  bool invalid = false;  // NaN, or infinity of the sign that no assignment could afford
+  double largest = 0;    // finite magnitude
 };
 
 // cost [count] as float64, negated to maximize.

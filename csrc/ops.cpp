@@ -21,8 +21,8 @@ namespace {
 
 using detr::Batch;
 using detr::ClassKind;
-using detr::ElementType;
 using detr::Elements;
+using detr::ElementType;
 using detr::Forbidden;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -44,7 +44,8 @@ std::string shape_of(const Tensor& tensor) {
 }
 
 // -1 stands for any size.
-void check_shape(const char* op, const char* name, const Tensor& tensor, std::vector<int64_t> shape, const char* letters) {
+void check_shape(const char* op, const char* name, const Tensor& tensor, std::vector<int64_t> shape,
+                 const char* letters) {
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t d = 0; fits && d < shape.size(); ++d) fits = shape[d] < 0 || tensor.size(d) == shape[d];
   check(fits, op, ": ", name, " must be ", letters, ", got ", shape_of(tensor));
@@ -106,8 +107,8 @@ Batch batch_of(const char* op, const Tensor& offsets, int64_t layers, int64_t qu
           batch.offsets[b + 1], " at image ", b);
     fits("targets in one image", batch.offsets[b + 1] - batch.offsets[b], detr::kTargetBits);
   }
-  check(batch.offsets[batch.images] <= targets, op, ": offsets must not exceed the number of targets ", targets, ", got ",
-        batch.offsets[batch.images]);
+  check(batch.offsets[batch.images] <= targets, op, ": offsets must not exceed the number of targets ", targets,
+        ", got ", batch.offsets[batch.images]);
   return batch;
 }
 
@@ -130,19 +131,19 @@ std::tuple<Tensor, Tensor, Tensor> assign_typed(const Tensor& cost_any, const Te
   Tensor target_price = torch::stable::new_zeros(cost, {priced, targets}, kScalarType<T>);
   Tensor query_price = torch::stable::new_empty(cost, {priced, batch.images, queries}, kScalarType<T>);
 
-  const detr::AssignmentArguments<T> arguments = {batch,
-                                                  cost.template const_data_ptr<T>(),
+  const detr::AssignmentArguments<T> arguments = {batch, cost.template const_data_ptr<T>(),
                                                   query_of_target.template mutable_data_ptr<int32_t>(),
                                                   prices ? target_price.template mutable_data_ptr<T>() : nullptr,
                                                   prices ? query_price.template mutable_data_ptr<T>() : nullptr};
   const int64_t problems = layers * batch.images;
-  in_parallel(problems, double(layers) * targets * queries / std::max<int64_t>(problems, 1), [&](int64_t begin, int64_t end) {
-    if constexpr (sizeof(T) == 8) {
-      detr::cpu::kernels().assign_double(arguments, begin, end);
-    } else {
-      detr::cpu::kernels().assign_float(arguments, begin, end);
-    }
-  });
+  in_parallel(problems, double(layers) * targets * queries / std::max<int64_t>(problems, 1),
+              [&](int64_t begin, int64_t end) {
+                if constexpr (sizeof(T) == 8) {
+                  detr::cpu::kernels().assign_double(arguments, begin, end);
+                } else {
+                  detr::cpu::kernels().assign_float(arguments, begin, end);
+                }
+              });
   return {query_of_target, target_price, query_price};
 }
 
@@ -248,12 +249,13 @@ std::tuple<Tensor, Tensor> matching_cost_typed(const CostInputs& in, const CostO
   return {cost, status_of(cost, forbidden)};
 }
 
-std::tuple<Tensor, Tensor> matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
-                                         double class_weight, double box_weight, double giou_weight, std::string kind,
-                                         double alpha, double gamma) {
+std::tuple<Tensor, Tensor> matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes,
+                                         Tensor offsets, double class_weight, double box_weight, double giou_weight,
+                                         std::string kind, double alpha, double gamma) {
   const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
   const CostOptions options = {class_weight, box_weight, giou_weight, kind, alpha, gamma};
-  return needs_double(logits, boxes) ? matching_cost_typed<double>(in, options) : matching_cost_typed<float>(in, options);
+  return needs_double(logits, boxes) ? matching_cost_typed<double>(in, options)
+                                     : matching_cost_typed<float>(in, options);
 }
 
 template <typename T>
@@ -274,8 +276,8 @@ std::tuple<Tensor, Tensor> match_typed(const CostInputs& in, const CostOptions& 
 }
 
 std::tuple<Tensor, Tensor> match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
-                                 double class_weight, double box_weight, double giou_weight, std::string kind, double alpha,
-                                 double gamma) {
+                                 double class_weight, double box_weight, double giou_weight, std::string kind,
+                                 double alpha, double gamma) {
   const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
   const CostOptions options = {class_weight, box_weight, giou_weight, kind, alpha, gamma};
   return needs_double(logits, boxes) ? match_typed<double>(in, options) : match_typed<float>(in, options);
@@ -291,10 +293,10 @@ void check_matches(const Batch& batch, const int32_t* query_of_target, const int
     for (int64_t b = 0; b < batch.images; ++b) {
       for (int64_t t = batch.offsets[b]; t < batch.offsets[b + 1]; ++t) {
         const int64_t query = query_of_target[layer * batch.targets + t];
-        check(query >= -1 && query < batch.queries, "set_loss: query_of_target must be in [-1, ", batch.queries, "), got ",
-              query, " for layer ", layer, ", image ", b, ", target ", t - batch.offsets[b]);
-        check(query < 0 || (labels[t] >= 0 && labels[t] < classes), "set_loss: labels must be in [0, ", classes, "), got ",
-              labels[t], " for image ", b, ", target ", t - batch.offsets[b]);
+        check(query >= -1 && query < batch.queries, "set_loss: query_of_target must be in [-1, ", batch.queries,
+              "), got ", query, " for layer ", layer, ", image ", b, ", target ", t - batch.offsets[b]);
+        check(query < 0 || (labels[t] >= 0 && labels[t] < classes), "set_loss: labels must be in [0, ", classes,
+              "), got ", labels[t], " for image ", b, ", target ", t - batch.offsets[b]);
       }
     }
   }
@@ -463,8 +465,9 @@ std::tuple<Tensor, Tensor> set_loss_backward(Tensor loss_gradient, Tensor logits
   check(type == ScalarType::Double || type == ScalarType::Float, op, ": logits_gradient must be float32 or float64");
   check_type(op, "loss_gradient", loss_gradient, type, "of the same type as logits_gradient");
   check_type(op, "boxes_gradient", boxes_gradient, type, "of the same type as logits_gradient");
-  return type == ScalarType::Double ? scale_typed<double>(loss_gradient, logits_gradient, boxes_gradient, logits_type, boxes_type)
-                                    : scale_typed<float>(loss_gradient, logits_gradient, boxes_gradient, logits_type, boxes_type);
+  return type == ScalarType::Double
+             ? scale_typed<double>(loss_gradient, logits_gradient, boxes_gradient, logits_type, boxes_type)
+             : scale_typed<float>(loss_gradient, logits_gradient, boxes_gradient, logits_type, boxes_type);
 }
 
 }  // namespace
@@ -472,13 +475,15 @@ std::tuple<Tensor, Tensor> set_loss_backward(Tensor loss_gradient, Tensor logits
 STABLE_TORCH_LIBRARY(detr_fast, m) {
   m.def("assign(Tensor cost, Tensor offsets, bool prices) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, float class_weight, "
+      "matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, float "
+      "class_weight, "
       "float box_weight, float giou_weight, str kind, float alpha, float gamma) -> (Tensor, Tensor)");
   m.def(
       "match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, float class_weight, "
       "float box_weight, float giou_weight, str kind, float alpha, float gamma) -> (Tensor, Tensor)");
   m.def(
-      "set_loss(Tensor logits, Tensor boxes, Tensor query_of_target, Tensor labels, Tensor target_boxes, Tensor offsets, "
+      "set_loss(Tensor logits, Tensor boxes, Tensor query_of_target, Tensor labels, Tensor target_boxes, Tensor "
+      "offsets, "
       "Tensor num_boxes, Tensor? class_weight, str kind, float alpha, float gamma) -> (Tensor, Tensor, Tensor)");
   m.def(
       "set_loss_backward(Tensor loss_gradient, Tensor logits_gradient, Tensor boxes_gradient, ScalarType logits_type, "
@@ -507,7 +512,8 @@ PyObject* use_instruction_set(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS, "Name of the instruction set whose kernels run."},
-    {"use_instruction_set", use_instruction_set, METH_O, "Chooses one by name, for tests; False if it is not available."},
+    {"use_instruction_set", use_instruction_set, METH_O,
+     "Chooses one by name, for tests; False if it is not available."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -69,7 +69,8 @@ class SetCriterion(nn.Module):
             raise ValueError(f"SetCriterion: losses must be of {', '.join(_ENTRIES)}, got {unknown[0]!r}")
         self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
         self.eos_coef, self.losses = eos_coef, list(losses)
-        self.kind: ClassKind = kind or getattr(matcher, "kind", "softmax")
+        inherited: ClassKind = getattr(matcher, "kind", "softmax")
+        self.kind: ClassKind = kind or inherited
         self.alpha, self.gamma = alpha, gamma
         self.empty_weight: Tensor
         empty_weight = torch.ones(num_classes + 1)

@@ -11,7 +11,7 @@ import scipy.optimize
 
 from detr_fast.numpy import linear_sum_assignment
 
-REAL = "bool int8 uint8 int16 int32 uint32 int64 uint64 float16 float32 float64".split()
+REAL = ["bool", "int8", "uint8", "int16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]
 
 
 def assert_as_scipy(cost: np.ndarray, maximize: bool = False) -> None:

@@ -100,10 +100,12 @@ DETR_HD CentreBox<T> giou_loss_gradient(Corners<T> a, Corners<T> b, Overlap<T> o
   const T by_height = o.height >= 0 ? by_intersection * larger(o.width, T(0)) : T(0);
   const T w = a.x2 - a.x1, h = a.y2 - a.y1;
 
-  const T x2 = by_width * share_of_larger(b.x2, a.x2) + by_area * h + by_hull * o.hull_height * share_of_larger(a.x2, b.x2);
+  const T x2 =
+      by_width * share_of_larger(b.x2, a.x2) + by_area * h + by_hull * o.hull_height * share_of_larger(a.x2, b.x2);
   const T x1 =
       -(by_width * share_of_larger(a.x1, b.x1) + by_area * h + by_hull * o.hull_height * share_of_larger(b.x1, a.x1));
-  const T y2 = by_height * share_of_larger(b.y2, a.y2) + by_area * w + by_hull * o.hull_width * share_of_larger(a.y2, b.y2);
+  const T y2 =
+      by_height * share_of_larger(b.y2, a.y2) + by_area * w + by_hull * o.hull_width * share_of_larger(a.y2, b.y2);
   const T y1 =
       -(by_height * share_of_larger(a.y1, b.y1) + by_area * w + by_hull * o.hull_width * share_of_larger(b.y1, a.y1));
   return {x1 + x2, y1 + y2, (x2 - x1) / 2, (y2 - y1) / 2};

@@ -9,8 +9,8 @@ namespace detr {
 // p = sigmoid(x) and both logarithms, without cancellation for any finite x.
 template <typename V>
 struct Sigmoid {
-  V p, q;                            // p and 1 - p
-  V minus_log_p, minus_log_q;        // softplus(-x), softplus(x)
+  V p, q;                      // p and 1 - p
+  V minus_log_p, minus_log_q;  // softplus(-x), softplus(x)
 };
 
 template <typename Math, typename V>

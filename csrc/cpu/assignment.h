@@ -2,7 +2,8 @@
 //
 // A slot is a column that has a row. Only slots take part in the search: all free columns together are one number per
 // row, its best free cost, which only grows as columns are taken and is therefore refreshed when it is about to be
-// used. A scan costs O(slots) whatever the number of columns. Rows whose cheapest column nobody else wants never search.
+// used. A scan costs O(slots) whatever the number of columns. Rows whose cheapest column nobody else wants never
+// search.
 //
 // Ties: the lowest column of equal minima; the lowest row in the greedy phase; a free column before a taken one; then
 // the lowest slot. Forbidden pairs cost +infinity. A row that cannot be matched makes the cheapest row of its
@@ -77,7 +78,9 @@ struct RowScan {
 template <typename T>
 DETR_HD Nearest<T> nearest_column(const T* cost, const T* taken, int64_t columns, Index<T>* largest) {
   constexpr int lanes = kLanes<T>;
-  const auto value_at = [=](int64_t j) -> Value<T> { return taken ? load<T>(cost + j) + load<T>(taken + j) : load<T>(cost + j); };
+  const auto value_at = [=](int64_t j) -> Value<T> {
+    return taken ? load<T>(cost + j) + load<T>(taken + j) : load<T>(cost + j);
+  };
   const auto numbers_at = [](int64_t j) -> Index<T> { return lane_numbers<T>() + Int<T>(j); };
   RowScan<T> even, odd;  // two independent chains hide the latency of the comparison
   int64_t j = 0;
@@ -108,7 +111,8 @@ DETR_HD Nearest<T> nearest_column(const T* cost, const T* taken, int64_t columns
 template <typename T>
 class Solver {
  public:
-  Solver(Arena& arena, int64_t rows, int64_t columns) : rows_(rows), columns_(columns), width_(round_up(rows, kLanes<T>)) {
+  Solver(Arena& arena, int64_t rows, int64_t columns)
+      : rows_(rows), columns_(columns), width_(round_up(rows, kLanes<T>)) {
     best_cost_ = arena.take<T>(rows);
     lowest_cost_ = arena.take<T>(rows);
     key_ = arena.take<T>(width_);
@@ -145,7 +149,8 @@ class Solver {
     for (int64_t k = 0; k < slots_; ++k) {
       column_of_row[row_of_slot_[k]] = column_of_slot_[k];
       if (row_price) row_price[row_of_slot_[k]] = row_price_[k];
-      if (column_price) column_price[column_of_slot_[k]] = waiting_count_ > 0 && frozen_[k] ? saved_price_[k] : slot_price_[k];
+      if (column_price)
+        column_price[column_of_slot_[k]] = waiting_count_ > 0 && frozen_[k] ? saved_price_[k] : slot_price_[k];
     }
     return true;
   }
@@ -378,13 +383,13 @@ class Solver {
 
   int64_t rows_, columns_, width_;
   int64_t slots_ = 0, waiting_count_ = 0, popped_count_ = 0;
-  const T* cost_ = nullptr;  // [rows, columns]
-  T *best_cost_, *lowest_cost_;                                     // [rows] best free cost; cost of the best column of all
-  T *key_, *slot_price_, *saved_price_, *distance_, *row_price_;    // [slots] price of a popped or frozen slot is saved
-  T* taken_;                                                        // [columns] +infinity where taken, else 0
-  T* gathered_;                                                     // [rows, width]
-  Int<T>* parent_;                                                  // [slots] slot whose row reached it first, or kRoot
-  int32_t *best_column_, *filled_;                                  // [rows]
+  const T* cost_ = nullptr;      // [rows, columns]
+  T *best_cost_, *lowest_cost_;  // [rows] best free cost; cost of the best column of all
+  T *key_, *slot_price_, *saved_price_, *distance_, *row_price_;  // [slots] price of a popped or frozen slot is saved
+  T* taken_;                                                      // [columns] +infinity where taken, else 0
+  T* gathered_;                                                   // [rows, width]
+  Int<T>* parent_;                                                // [slots] slot whose row reached it first, or kRoot
+  int32_t *best_column_, *filled_;                                // [rows]
   int32_t *row_of_slot_, *column_of_slot_, *popped_, *waiting_;
   bool* frozen_;
 };
@@ -406,7 +411,8 @@ bool copy_allowed(const T* cost, int64_t rows, int64_t columns, bool transpose, 
 
 // Solves a copy of cost [targets, queries] in which the smaller side is the rows.
 template <typename T>
-bool solve_copy(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price, T* query_price) {
+bool solve_copy(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price,
+                T* query_price) {
   const bool transpose = targets > queries;
   const int64_t rows = transpose ? queries : targets, columns = transpose ? targets : queries;
   Arena measure(nullptr);
@@ -431,7 +437,8 @@ bool solve_copy(const T* cost, int64_t targets, int64_t queries, int32_t* query_
 
 // cost [targets, queries]; prices may be null. Returns whether any pair was forbidden.
 template <typename T>
-bool solve_problem(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price, T* query_price) {
+bool solve_problem(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price,
+                   T* query_price) {
   if (targets <= queries) {
     Arena measure(nullptr);
     Solver<T>(measure, targets, queries);

@@ -19,7 +19,8 @@ namespace {
 const Kernels* kernels_named(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &portable;
 #if defined(DETR_X86)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (std::strcmp(name, "avx2") == 0 && has_avx2) return &avx2;
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

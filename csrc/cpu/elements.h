@@ -41,7 +41,7 @@ DETR_HD uint16_t to_bfloat16(float x) {
 DETR_HD uint16_t to_float16(float x) {
   const uint32_t sign = to_bits(x) >> 16 & 0x8000;
   const uint32_t bits = to_bits(x) & 0x7fffffff;
-  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);    // NaN
+  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);   // NaN
   if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
   if (bits < 0x38800000) {  // below the normal range: adding 0.5 makes the hardware round at 2^-24
     return uint16_t(sign | (to_bits(from_bits(bits) + 0.5f) - 0x3f000000));

@@ -1,4 +1,5 @@
-// exp and log of SIMD lanes. float: polynomials, at most 2 units in the last place; double: the C library's, lane by lane.
+// exp and log of SIMD lanes. float: polynomials, at most 2 units in the last place; double: the C library's, lane by
+// lane.
 #pragma once
 
 #include <cmath>
@@ -57,7 +58,8 @@ struct LaneMath<float> {
     const V e = __builtin_convertvector(exponent, V);
     const V result = (2.0f * s + (s * z * p + e * -2.12194440e-4f)) + e * 0.693359375f;
     const V infinite = all_lanes(kInfinity<float>);
-    const V special = x == 0 ? -infinite : (x == infinite ? infinite : all_lanes(std::numeric_limits<float>::quiet_NaN()));
+    const V special =
+        x == 0 ? -infinite : (x == infinite ? infinite : all_lanes(std::numeric_limits<float>::quiet_NaN()));
     return (x > 0) & (x < infinite) ? result : special;
   }
 

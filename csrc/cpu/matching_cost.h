@@ -92,7 +92,8 @@ DETR_HD V giou_or_nan(CentreBox<V> a, CentreBox<V> b) {
 // Adds L1 and GIoU terms of one target to its row of costs.
 template <typename T>
 void add_box_costs(const CostArguments<T>& a, const BoxLanes<T>& boxes, CentreBox<T> target, T* cost) {
-  const CentreBox<Value<T>> goal = {all_lanes(target.cx), all_lanes(target.cy), all_lanes(target.w), all_lanes(target.h)};
+  const CentreBox<Value<T>> goal = {all_lanes(target.cx), all_lanes(target.cy), all_lanes(target.w),
+                                    all_lanes(target.h)};
   for (int64_t q = 0; q < a.batch.queries; q += kLanes<T>) {
     const CentreBox<Value<T>> box = {load<T>(boxes.cx + q), load<T>(boxes.cy + q), load<T>(boxes.w + q),
                                      load<T>(boxes.h + q)};

@@ -99,7 +99,8 @@ void problem_loss(const LossArguments<T>& a, const Problem& problem, int32_t* ta
     }
     const int64_t label = target >= 0 ? a.labels[target] : softmax ? a.classes - 1 : -1;
     T* gradient = a.logits_gradient + at * a.classes;
-    sums.class_loss += softmax ? cross_entropy(a, row, label, class_scale, gradient) : focal(a, row, label, class_scale, gradient);
+    sums.class_loss +=
+        softmax ? cross_entropy(a, row, label, class_scale, gradient) : focal(a, row, label, class_scale, gradient);
   }
 }
 

@@ -1,0 +1,40 @@
+# Everything happens in .venv; the first call of a target creates it. `make PYTHON=python3.12 ...` chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/installed
+	$(BIN)/detr-fast demo --output runs/demo
+
+test: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.tables --check README.md
+
+bench: .venv/installed-bench
+	$(BIN)/python -m benchmarks.run assignment matching criterion model
+
+# The version of PyTorch is pinned here because newer ones bring several gigabytes of CUDA packages.
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0 "setuptools>=77" wheel cmake ninja pybind11 numpy
+	touch $@
+
+.venv/installed: .venv/torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e .
+	touch $@
+
+.venv/installed-%: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info detr_fast/*.so
