@@ -34,6 +34,7 @@ class DETR(nn.Module):
         num_queries: int,
         hidden_dim: int = 256,
         position_embedding: Literal["sine", "learned"] = "sine",
+        position_temperature: float = 10000.0,
         aux_loss: bool = True,
     ) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class DETR(nn.Module):
         self.bbox_embed = Perceptron(hidden_dim, hidden_dim, 4, 3)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.input_proj = nn.Conv2d(backbone.channels[-1], hidden_dim, 1)
-        self.backbone = nn.ModuleList([backbone, _position(position_embedding, hidden_dim)])
+        self.backbone = nn.ModuleList([backbone, _position(position_embedding, hidden_dim // 2, position_temperature)])
 
     @overload
     def forward(self, images: Images) -> Predictions: ...
@@ -108,11 +109,12 @@ def parameter_groups(model: nn.Module, learning_rate: float, backbone_learning_r
     return [{"params": groups[part], "lr": rates[part]} for part in (False, True) if groups[part]]
 
 
-def _position(kind: str, hidden_dim: int) -> nn.Module:
-    kinds = {"sine": SinePosition, "learned": LearnedPosition}
-    if kind not in kinds:
-        raise ValueError(f"position_embedding must be one of {sorted(kinds)}, got {kind!r}")
-    return kinds[kind](hidden_dim // 2)
+def _position(kind: str, width: int, temperature: float) -> nn.Module:
+    if kind == "sine":
+        return SinePosition(width, temperature)
+    if kind == "learned":
+        return LearnedPosition(width)
+    raise ValueError(f"position_embedding must be 'sine' or 'learned', got {kind!r}")
 
 
 def detr(
@@ -127,6 +129,7 @@ def detr(
     dim_feedforward: int = 2048,
     dropout: float = 0.1,
     position_embedding: Literal["sine", "learned"] = "sine",
+    position_temperature: float = 10000.0,
     pre_norm: bool = False,
     dilation: bool = False,
     aux_loss: bool = True,
@@ -135,12 +138,22 @@ def detr(
     """DETR with random weights on a backbone of ``BACKBONES``.
 
     ``num_classes`` does not count "no object". ``dilation`` doubles the resolution of the last feature map (DC5).
+    ``position_temperature`` is the ratio of the longest to the shortest wavelength of sine positions.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
     transformer = Transformer(hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm=pre_norm)
     features = BACKBONES[backbone](dilation, train_backbone)
-    return DETR(features, transformer, num_classes, num_queries, hidden_dim, position_embedding, aux_loss)
+    return DETR(
+        features,
+        transformer,
+        num_classes,
+        num_queries,
+        hidden_dim,
+        position_embedding,
+        position_temperature,
+        aux_loss,
+    )
 
 
 def _published(name: str, dilation: bool, train: bool) -> Backbone:
