@@ -89,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
         "example:\n  detr-fast demo --output runs/demo\nexit code 1 if AP50 on held-out shapes is below 0.5",
     )
     demo.add_argument("--output", metavar="FOLDER", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    report = command(
+        "report",
+        _report,
+        "Writes a run's curves, numbers, predictions and attention as one HTML file.",
+        "example:\n  detr-fast report runs/first",
+    )
+    report.add_argument("folder", metavar="RUN", type=Path, help="folder of a run that was evaluated")
+    report.add_argument("--data", metavar="DATA", type=Path, help="where the data set lies now, if it was moved")
+    report.add_argument("--output", metavar="FILE", type=Path, help="default: RUN/report.html")
     command("version", _version, "Prints the version.", "example:\n  detr-fast version")
     return parser
 
@@ -265,6 +274,14 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.engine.demo import demo
 
     return demo(arguments.output, overrides)
+
+
+def _report(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.engine.report import write_report
+
+    path = arguments.output or arguments.folder / "report.html"
+    print(write_report(arguments.folder, path, arguments.data))
+    return 0
 
 
 def _version(arguments: argparse.Namespace, overrides: Overrides) -> int:

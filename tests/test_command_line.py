@@ -74,6 +74,11 @@ def test_train_resume_evaluate_and_predict(
         assert drawn.size == (64, 64)
 
 
+def test_a_report_of_a_run(run: Path, tmp_path: Path) -> None:
+    assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_another_split(shapes: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), str(shapes), "--split", "train"]) == 0
     assert "8 images" in capsys.readouterr().out

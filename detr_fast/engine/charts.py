@@ -31,6 +31,8 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], y_range: tuple[f
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     low_y, high_y = y_range or (min(0.0, *(y for _, y in points)), max(y for _, y in points))
     x_ticks, y_ticks = ticks(low_x, high_x, 6), ticks(low_y, high_y, 5)
+    if all(float(x).is_integer() for x, _ in points):
+        x_ticks = [x for x in x_ticks if x.is_integer()]
     if y_range is None:
         low_y, high_y = min(low_y, y_ticks[0]), max(high_y, y_ticks[-1])
     scale_x = (WIDTH - LEFT - RIGHT) / ((high_x - low_x) or 1.0)
@@ -62,7 +64,7 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], y_range: tuple[f
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) that cover the range, at most about ``most``."""
     if high <= low:
-        return [low]
+        return [float(low)]
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -29,8 +29,8 @@ def draw_boxes(
         picture = image.copy()
     canvas = ImageDraw.Draw(picture)
     side = min(picture.size)
-    thickness = max(1, round(side / 200))
-    font = ImageFont.load_default(size=max(10, round(side / 32)))
+    thickness = max(1, round(side / 150))
+    font = ImageFont.load_default(size=max(10, round(side / 25)))
     for box, label in zip(boxes, labels, strict=True):
         low_x, high_x = sorted((box[0], box[2]))
         low_y, high_y = sorted((box[1], box[3]))
