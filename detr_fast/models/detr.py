@@ -35,10 +35,12 @@ class DETR(nn.Module):
         hidden_dim: int = 256,
         position_embedding: Literal["sine", "learned"] = "sine",
         position_temperature: float = 10000.0,
+        position_in_values: bool = False,
         aux_loss: bool = True,
     ) -> None:
         super().__init__()
         self.num_classes, self.num_queries, self.aux_loss = num_classes, num_queries, aux_loss
+        self.position_in_values = position_in_values
         self.feature_channels = backbone.channels
         self.transformer = transformer
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
@@ -70,6 +72,8 @@ class DETR(nn.Module):
         cells = Cells.of(images, *feature.shape[-2:])
         content = cells.gather(feature)
         position = self.backbone[1](cells).to(content.dtype)
+        if self.position_in_values:
+            content = content + position
         return Tokens(content, position, cells.offsets, cells.max_count), cells
 
     def queries(self, count: int) -> Tokens:
@@ -130,6 +134,7 @@ def detr(
     dropout: float = 0.1,
     position_embedding: Literal["sine", "learned"] = "sine",
     position_temperature: float = 10000.0,
+    position_in_values: bool = False,
     pre_norm: bool = False,
     dilation: bool = False,
     aux_loss: bool = True,
@@ -139,6 +144,8 @@ def detr(
 
     ``num_classes`` does not count "no object". ``dilation`` doubles the resolution of the last feature map (DC5).
     ``position_temperature`` is the ratio of the longest to the shortest wavelength of sine positions.
+    ``position_in_values`` also adds positions to what attention passes on: not published, but a network that learns
+    from nothing then knows where things are after hundreds of steps instead of thousands.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
@@ -152,6 +159,7 @@ def detr(
         hidden_dim,
         position_embedding,
         position_temperature,
+        position_in_values,
         aux_loss,
     )
 
@@ -175,18 +183,27 @@ detr_resnet50 = partial(detr, "resnet50")
 detr_resnet101 = partial(detr, "resnet101")
 detr_resnet50_dc5 = partial(detr, "resnet50", dilation=True)
 detr_resnet101_dc5 = partial(detr, "resnet101", dilation=True)
-# For data sets of a few hundred small images, trained from nothing on a CPU.
-SMALL: dict[str, Any] = {
+# Trained from nothing on few, small images: short wavelengths fit their few cells, see also `detr`.
+_FROM_NOTHING: dict[str, Any] = {"position_temperature": 20.0, "position_in_values": True, "dropout": 0.0}
+# For data sets of a few hundred small images, on a CPU.
+SMALL = {
     "num_queries": 50,
     "hidden_dim": 128,
     "nheads": 8,
     "enc_layers": 3,
     "dec_layers": 3,
     "dim_feedforward": 512,
-    "dropout": 0.0,
+    **_FROM_NOTHING,
 }
 detr_small = partial(detr, "small", **SMALL)
 # For tests and the demo.
-detr_tiny = partial(
-    detr, "tiny", num_queries=25, hidden_dim=64, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=256, dropout=0.0
-)
+TINY = {
+    "num_queries": 15,
+    "hidden_dim": 64,
+    "nheads": 4,
+    "enc_layers": 1,
+    "dec_layers": 3,
+    "dim_feedforward": 256,
+    **_FROM_NOTHING,
+}
+detr_tiny = partial(detr, "tiny", **TINY)

@@ -225,3 +225,12 @@ def test_options_of_every_model() -> None:
         assert options["num_queries"] is int
         assert options["pre_norm"] is bool
         assert get_args(options["position_embedding"]) == ("sine", "learned")
+
+
+def test_positions_in_values_are_added_to_the_content_of_the_tokens() -> None:
+    batch = Images.batch(images())
+    without, _ = tiny(position_in_values=False).eval().tokens(batch)
+    with_them, _ = tiny(position_in_values=True).eval().tokens(batch)
+    assert torch.equal(with_them.content, without.content + without.position)
+    assert torch.equal(with_them.position, without.position)
+    assert detr("tiny", 3).position_in_values is False
