@@ -109,4 +109,6 @@ def require_optimal(
     found = exact[targets, queries].sum()
     tolerance = 4 * count * torch.finfo(torch.float32).eps * np.abs(exact).max()
     if not found - least <= tolerance:
-        raise DisagreementError(f"{provider}: total cost {found}, {found - least:.3g} above the optimum of {cost.shape}")
+        raise DisagreementError(
+            f"{provider}: total cost {found}, {found - least:.3g} above the optimum of {cost.shape}"
+        )

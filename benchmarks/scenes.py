@@ -35,9 +35,7 @@ class Scene:
         return Scene(Predictions(logits, boxes), targets)
 
 
-def scene(
-    kind: Kind, counts: Sequence[int], queries: int, layers: int = 1, labels: int = 91, seed: int = 0
-) -> Scene:
+def scene(kind: Kind, counts: Sequence[int], queries: int, layers: int = 1, labels: int = 91, seed: int = 0) -> Scene:
     """One image for each of ``counts`` targets; logits have one class more than there are labels."""
     random = np.random.default_rng(seed)
     targets = [_targets(random, count, labels, kind == "duplicates") for count in counts]
