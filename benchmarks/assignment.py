@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import lap
 import numpy as np
@@ -77,19 +78,24 @@ def single(kind: str, queries: int, targets: int, dtype: np.dtype) -> Benchmark:
         axis="rows x columns",
         value=f"{queries}x{targets}",
         providers={name: partial(solver, cost) for name, solver in solvers.items()},
-        check=lambda name, result: require_optimal(name, cost.T, *result[::-1]),  # type: ignore[index]
+        check=partial(_check_single, cost),
         bars=NUMPY_BARS,
     )
 
 
-def _check_batch(cost: np.ndarray, provider: str, result: object) -> None:
+def _check_single(cost: np.ndarray, provider: str, result: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, columns = result
+    require_optimal(provider, cost.T, columns, rows)
+
+
+def _check_batch(cost: np.ndarray, provider: str, result: Any) -> None:
     problems, targets, _ = cost.shape
     if isinstance(result, Tensor):
         pairs = [(np.arange(targets), query) for query in result.cpu().numpy().reshape(problems, targets)]
     elif provider == "lapjvr_batch":
-        pairs = list(zip(*result, strict=True))  # type: ignore[call-overload]
+        pairs = list(zip(*result, strict=True))
     else:
-        pairs = [(target, query) for query, target in result]  # type: ignore[attr-defined]
+        pairs = [(target, query) for query, target in result]
     for matrix, (target, query) in zip(cost, pairs, strict=True):
         require_optimal(provider, matrix, target, query)
 

@@ -39,7 +39,8 @@ def forward_and_backward(made: Scene) -> Benchmark:
     def differentiated(loss_of: Callable[[], Tensor]) -> Callable[[], Result]:
         def run() -> Result:
             loss = loss_of()
-            return (loss, *torch.autograd.grad(loss, (logits, boxes)))
+            logits_gradient, boxes_gradient = torch.autograd.grad(loss, (logits, boxes))
+            return loss, logits_gradient, boxes_gradient
 
         return run
 
@@ -69,9 +70,9 @@ class Check:
         self.exact = (loss, *torch.autograd.grad(loss, (logits, boxes)))
         self.eager = eager_result()
 
-    def __call__(self, provider: str, result: object) -> None:
+    def __call__(self, provider: str, result: Result) -> None:
         names = ("loss", "gradient of logits", "gradient of boxes")
-        for name, exact, eager_value, found in zip(names, self.exact, self.eager, result, strict=True):  # type: ignore[call-overload]
+        for name, exact, eager_value, found in zip(names, self.exact, self.eager, result, strict=True):
             error, allowed = (float((x.double() - exact).abs().max()) for x in (found.detach(), eager_value.detach()))
             tolerance = 2 * allowed + 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
             if not error <= tolerance:
@@ -79,8 +80,7 @@ class Check:
 
 
 def _criterion() -> SetCriterion:
-    weights = {name: w for name, w in LOSS_WEIGHTS.items()}
-    weights |= {f"{name}_{layer}": w for name, w in LOSS_WEIGHTS.items() for layer in range(LAYERS - 1)}
+    weights = LOSS_WEIGHTS | {f"{name}_{layer}": w for name, w in LOSS_WEIGHTS.items() for layer in range(LAYERS - 1)}
     return SetCriterion(LABELS, HungarianMatcher(*COST_WEIGHTS), weights, EOS, ["labels", "boxes", "cardinality"])
 
 

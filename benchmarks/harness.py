@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class DisagreementError(Exception):
 class Options:
     """What the benchmark files may depend on."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     quick: bool = False  # few repetitions of the small sizes, for tests and a first look
 
     @property
@@ -73,7 +73,7 @@ class Benchmark:
     axis: str  # what `value` means, as "queries x targets"
     value: str
     providers: dict[str, Callable[[], object]]
-    check: Callable[[str, object], None]  # name and result of a provider; raises DisagreementError
+    check: Callable[[str, Any], None]  # name and result of a provider; raises DisagreementError
     bars: Sequence[Bar] = ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,9 +63,9 @@ def all_layers(kind: Kind, options: Options) -> Benchmark:
     their_targets = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in made.targets]
     layers = list(zip(predictions.logits, predictions.boxes, strict=True))
 
-    def check(provider: str, result: object) -> None:
+    def check(provider: str, result: Any) -> None:
         for layer in range(len(layers)):
-            pairs = pairs_of(result[layer], packed.offsets) if provider == "detr_fast" else result[layer]  # type: ignore[index]
+            pairs = pairs_of(result[layer], packed.offsets) if provider == "detr_fast" else result[layer]
             _check_layer(made, layer, provider, pairs)
 
     return Benchmark(
@@ -79,9 +80,8 @@ def all_layers(kind: Kind, options: Options) -> Benchmark:
     )
 
 
-def _check_layer(made: Scene, layer: int, provider: str, result: object) -> None:
+def _check_layer(made: Scene, layer: int, provider: str, pairs: Pairs) -> None:
     """Every image's pairs must be of least cost, where the definition's float64 costs say what that is."""
-    pairs: Pairs = result  # type: ignore[assignment]
     packed = Targets.pack([{name: x.cpu() for name, x in target.items()} for target in made.targets])
     logits, boxes = (x[layer : layer + 1].double().cpu() for x in (made.predictions.logits, made.predictions.boxes))
     cost = matching_cost_reference(logits, boxes, packed.labels, packed.boxes, packed.offsets, *COST_WEIGHTS)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +30,18 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
 def twins(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
     """Our DETR and transformers', with the same random weights, of which the same are trained."""
     torch.manual_seed(0)
-    backbone = ResNetConfig(layer_type="bottleneck", depths=[3, 4, 6, 3], out_features=["stage4"])
-    config = DetrConfig(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
-        backbone_config=backbone,
-        num_labels=LABELS,
-        auxiliary_loss=True,
-        dropout=dropout,
-        attn_implementation="eager",
-    )
-    theirs = DetrForObjectDetection(config)
+    resnet: dict[str, Any] = {"layer_type": "bottleneck", "depths": [3, 4, 6, 3], "out_features": ["stage4"]}
+    settings: dict[str, Any] = {
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": ResNetConfig(**resnet),
+        "num_labels": LABELS,
+        "auxiliary_loss": True,
+        "dropout": dropout,
+        "attn_implementation": "eager",
+    }
+    theirs = DetrForObjectDetection(DetrConfig(**settings))
     for name, parameter in theirs.named_parameters():  # with this backbone transformers freezes all of it
         if any(f"stages.{stage}" in name for stage in (1, 2, 3)):
             parameter.requires_grad_()
@@ -64,8 +65,8 @@ def forward(ours: nn.Module, theirs: nn.Module, images: Images) -> Benchmark:
     with torch.no_grad():
         expected = outputs["transformers"]()
 
-    def check(provider: str, result: object) -> None:
-        for name, found, exact in zip(("logits", "boxes"), result, expected, strict=True):  # type: ignore[call-overload]
+    def check(provider: str, result: tuple[Tensor, Tensor]) -> None:
+        for name, found, exact in zip(("logits", "boxes"), result, expected, strict=True):
             # Both sum thousands of products in each of over a hundred layers, in different orders.
             tolerance = 1e4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
             error = float((found - exact).abs().max())
@@ -89,5 +90,5 @@ def forward(ours: nn.Module, theirs: nn.Module, images: Images) -> Benchmark:
     )
 
 
-def _last(outputs: object, logits: str) -> tuple[Tensor, Tensor]:
-    return outputs[logits], outputs["pred_boxes"]  # type: ignore[index]
+def _last(outputs: Any, logits: str) -> tuple[Tensor, Tensor]:
+    return outputs[logits], outputs["pred_boxes"]

@@ -115,12 +115,11 @@ def _git(*arguments: str) -> None:
 
 def _build(source: Path) -> None:
     """Builds the native libraries into the package's folder, with the running interpreter."""
-    build = source / "build"
+    build, python = str(source / "build"), f"-DPython_EXECUTABLE={sys.executable}"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
     for command in (
-        [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "-S", str(source), "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", python],
         ["cmake", "--build", build],
-        ["cmake", "--install", build, "--prefix", source],
+        ["cmake", "--install", build, "--prefix", str(source)],
     ):
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     found.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
-    found.add_argument("--quick", action="store_true", help="small sizes and few repetitions; a few seconds in all")
+    found.add_argument(
+        "--quick", action="store_true", help="small sizes, few repetitions, bars not judged; seconds in all"
+    )
     found.add_argument("--threads", type=int, default=1, help="threads of each provider (default: %(default)s)")
     found.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     found.add_argument("--only", default="", metavar="PATTERN", help="only cases and values that match this expression")
@@ -77,7 +79,7 @@ class Run:
         print(f"\n{case}: {benchmark.axis} = {benchmark.value}")
         print(table(timings))
         microseconds = {name: timing.median for name, timing in timings.items()}
-        for bar in benchmark.bars:
+        for bar in () if self.options.quick else benchmark.bars:
             judged = bar.judge(microseconds)
             if judged is not None:
                 text, holds = judged

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -59,8 +59,9 @@ def costs(kind: Kind, problems: int, queries: int, targets: int, seed: int = 0) 
     made = scene(kind, [targets] * problems, queries, seed=seed)
     packed = Targets.pack(made.targets)
     predictions = made.predictions
-    arguments: tuple[Any, ...] = (predictions.logits, predictions.boxes, packed.labels, packed.boxes, packed.offsets)
-    cost = matching_cost_reference(*arguments, *COST_WEIGHTS)
+    cost = matching_cost_reference(
+        predictions.logits, predictions.boxes, packed.labels, packed.boxes, packed.offsets, *COST_WEIGHTS
+    )
     return cost.reshape(problems, targets, queries)
 
 

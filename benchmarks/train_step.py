@@ -39,8 +39,8 @@ def _benchmark(
 ) -> Benchmark:
     """Only the first step of each provider is checked, as it starts from known weights."""
 
-    def check(provider: str, loss: object) -> None:
-        found = float(loss)  # type: ignore[arg-type]
+    def check(provider: str, loss: Tensor) -> None:
+        found = float(loss)
         exact = found if expected is None else float(expected)
         # Both sum thousands of products in each of over a hundred layers, in different orders.
         if not abs(found - exact) <= 1e4 * torch.finfo(torch.float32).eps * abs(exact):
