@@ -42,9 +42,16 @@ def matcher(config: dict[str, Any]) -> nn.Module:
 def criterion(config: dict[str, Any]) -> nn.Module:
     from detr_fast.criterion import SetCriterion
 
-    if config["family"] != "detr":
+    if config["family"] not in ("detr", "deformable", "conditional"):
         raise NotImplementedError(f"losses of the family {config['family']!r} are not part of detr_fast")
-    return SetCriterion(config["num_classes"], matcher(config), config["weights"], config["eos_coef"], config["losses"])
+    return SetCriterion(
+        config["num_classes"],
+        matcher(config),
+        config["weights"],
+        config.get("eos_coef", 1.0),  # focal losses have none
+        config["losses"],
+        alpha=config.get("focal_alpha", 0.25),
+    )
 
 
 def postprocess(config: dict[str, Any]) -> Callable[..., Any]:
