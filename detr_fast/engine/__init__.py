@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: settings, runs, checkpoints and reports."""

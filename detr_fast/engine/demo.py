@@ -18,7 +18,7 @@ from detr_fast.engine.report import write_report
 from detr_fast.engine.train import train
 
 COUNTS = {"train": 2000, "val": 200}
-IMAGE_SIZE = 128
+IMAGE_SIZE = 96
 ENOUGH = 0.5  # AP50 that says the model has learned
 
 SETTINGS = {
@@ -27,10 +27,10 @@ SETTINGS = {
     "data.crop": False,
     "data.evaluation_size": IMAGE_SIZE,
     "data.workers": 1,
-    "optimizer.learning_rate": 5e-4,
-    "optimizer.backbone_learning_rate": 5e-4,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.backbone_learning_rate": 1e-3,
     "schedule.warmup_steps": 50,
-    "schedule.drop_epoch": 14,
+    "schedule.drop_epoch": 15,
     "train.epochs": 18,
     "train.batch_size": 16,
     "train.log_steps": 25,

@@ -17,7 +17,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     for group in groups:
         group["initial_lr"] = group["lr"]
         group["name"] = "backbone" if id(group["params"][0]) in of_backbone else "transformer"
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, epoch: int) -> float:
