@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -179,7 +180,8 @@ def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     try:
         train(config, resume)
     except Interrupted as stop:
-        print(f"detr-fast: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"detr-fast: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
     return 0
 

@@ -74,14 +74,13 @@ class Log:
     def __init__(self, folder: Path, *, active: bool, tensorboard: bool):
         self.path = folder / "log.jsonl"
         self.active = active
-        self.writer: Any = None
-        if active and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.tensorboard = folder / "tensorboard" if tensorboard else None
+        self.first_step: int | None = None  # of a continued run; TensorBoard forgets what came after it
+        self._writer: Any = None
 
     def rewind(self, step: int, epoch: int) -> None:
         """Drops what was written after the checkpoint at ``step`` in ``epoch``, which the run does again."""
+        self.first_step = step + 1
         if not self.active or not self.path.exists():
             return
         kept = []
@@ -104,10 +103,18 @@ class Log:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if self.writer is not None:
+        if self.tensorboard is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+                    self._tensorboard_writer().add_scalar(f"{kind}/{name}", value, step)
+
+    def _tensorboard_writer(self) -> Any:
+        """Created with the first value, because importing TensorBoard takes seconds."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.tensorboard), purge_step=self.first_step)
+        return self._writer
 
     def say(self, text: str) -> None:
         """A line on the terminal that leaves a progress bar intact."""
@@ -118,8 +125,8 @@ class Log:
             sys.stdout.flush()
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -68,6 +69,12 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.processes.device
+
+    def share_buffers(self) -> None:
+        """The main process's statistics of batch norm on every process, so that all evaluate what is saved."""
+        if self.processes.count > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
 
     def save(self) -> None:
         """Writes ``last.pth``: everything needed to continue bit for bit. Called by all processes."""

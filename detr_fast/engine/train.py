@@ -115,6 +115,8 @@ def _introduce(run: Run, resumed: Path | None) -> None:
     say(f"device     {run.device}, {precision}, {run.processes.count} process(es)")
     place = f", continuing {resumed} at step {run.place.step}" if resumed else ""
     say(f"run        {run.folder}{place}")
+    if run.place.epoch >= run.config.train.epochs:
+        say(f"done       all {run.config.train.epochs} epochs are trained; more with --train.epochs=N")
 
 
 @contextlib.contextmanager
@@ -156,14 +158,7 @@ def _steps(run: Run, stop: SharedFlag, started: float) -> float:
     config, place = run.config.train, run.place
     recent: dict[int, tuple[int, ...]] = {}  # image ids of the steps whose losses were not read yet
     clock = _Clock()
-    bar = tqdm(
-        total=run.loader.batches,
-        initial=place.batch,
-        desc=f"epoch {place.epoch + 1}/{config.epochs}",
-        unit="batch",
-        leave=False,
-        disable=None if run.processes.is_main else True,
-    )
+    bar = _progress(run)
     if place.batch < run.loader.batches:
         batches = iter(run.loader.start(place.epoch, place.batch))
         for batch in clock.timed(batches):
@@ -187,6 +182,18 @@ def _steps(run: Run, stop: SharedFlag, started: float) -> float:
     bar.close()
     check_finite(run, recent)
     return clock.all_waited
+
+
+def _progress(run: Run) -> tqdm[Any]:
+    """A bar of the epoch, where there is a terminal."""
+    return tqdm(
+        total=run.loader.batches,
+        initial=run.place.batch,
+        desc=f"epoch {run.place.epoch + 1}/{run.config.train.epochs}",
+        unit="batch",
+        leave=False,
+        disable=None if run.processes.is_main else True,
+    )
 
 
 class _Clock:
@@ -235,6 +242,7 @@ def _evaluate(run: Run, stop: SharedFlag) -> Evaluation | None:
     is_last = epoch + 1 == run.config.train.epochs
     if run.evaluation is None or not (is_last or (epoch + 1) % every == 0):
         return None
+    run.share_buffers()
     result = evaluate(
         run.model,
         run.evaluation,

@@ -66,6 +66,17 @@ def test_values_that_json_does_not_know_are_text(tmp_path: Path) -> None:
     assert json.loads(log.path.read_text())["loss"] == "inf"
 
 
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, active=True, tensorboard=True)
+    log.write("step", 3, 0, {"loss": 1.5, "broken": math.nan})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("step/loss")] == [(3, 1.5)]
+    assert events.Tags()["scalars"] == ["step/loss"]
+
+
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     Log(tmp_path, active=False, tensorboard=True).write("step", 1, 0, {"loss": 1.0})
     assert not list(tmp_path.iterdir())
