@@ -110,8 +110,9 @@ namespace cpu {
 // All kernels compiled for one instruction set.
 struct Kernels {
   const char* name;
-  void (*assign_float)(const AssignmentArguments<float>&, int64_t begin, int64_t end);
-  void (*assign_double)(const AssignmentArguments<double>&, int64_t begin, int64_t end);
+  // Whether some pair was forbidden.
+  bool (*assign_float)(const AssignmentArguments<float>&, int64_t begin, int64_t end);
+  bool (*assign_double)(const AssignmentArguments<double>&, int64_t begin, int64_t end);
   // cost [L, T, Q]; forbidden [L, B] or null.
   void (*matching_cost_float)(const CostArguments<float>&, float* cost, Forbidden*, int64_t begin, int64_t end);
   void (*matching_cost_double)(const CostArguments<double>&, double* cost, Forbidden*, int64_t begin, int64_t end);

@@ -449,14 +449,16 @@ bool solve_problem(const T* cost, int64_t targets, int64_t queries, int32_t* que
 }
 
 template <typename T>
-void assign(const AssignmentArguments<T>& a, int64_t begin, int64_t end) {
+bool assign(const AssignmentArguments<T>& a, int64_t begin, int64_t end) {
+  bool forbidden = false;
   for (int64_t p = begin; p < end; ++p) {
     const int64_t first = a.batch.offsets[p % a.batch.images], count = a.batch.offsets[p % a.batch.images + 1] - first;
     const int64_t at = p / a.batch.images * a.batch.targets + first;
-    solve_problem<T>(a.cost + at * a.batch.queries, count, a.batch.queries, a.query_of_target + at,
-                     a.target_price ? a.target_price + at : nullptr,
-                     a.query_price ? a.query_price + p * a.batch.queries : nullptr);
+    forbidden |= solve_problem<T>(a.cost + at * a.batch.queries, count, a.batch.queries, a.query_of_target + at,
+                                  a.target_price ? a.target_price + at : nullptr,
+                                  a.query_price ? a.query_price + p * a.batch.queries : nullptr);
   }
+  return forbidden;
 }
 
 }  // namespace
