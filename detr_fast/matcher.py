@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Literal, overload
 
 import numpy as np
@@ -134,16 +135,16 @@ class HungarianMatcher(nn.Module):
 
 def pairs_of(query_of_target: Tensor, offsets: Tensor) -> Pairs:
     """``[T]`` as a list of CPU int64 pairs (queries ascending, targets) for each image."""
-    queries, bounds = query_of_target.cpu().numpy().astype(np.int64), offsets.cpu().numpy()
-    images = len(bounds) - 1
-    image = np.repeat(np.arange(images), np.diff(bounds))
-    queries = queries[: len(image)]
-    order = np.lexsort((queries, image))
-    order = order[queries[order] >= 0]
-    matched = torch.from_numpy(queries[order])
-    targets = torch.from_numpy(order - bounds[image[order]])
-    counts = np.bincount(image[order], minlength=images).tolist()
-    return list(zip(matched.split(counts), targets.split(counts), strict=True))
+    queries = query_of_target.cpu().numpy().astype(np.int64)
+    pairs = []
+    for start, end in pairwise(offsets.tolist()):
+        own = queries[start:end]
+        order = own.argsort(kind="stable")
+        matched = own[order]
+        if len(own) and matched[0] < 0:
+            order, matched = order[matched >= 0], matched[matched >= 0]
+        pairs.append((torch.from_numpy(matched), torch.from_numpy(order)))
+    return pairs
 
 
 def queries_of(pairs: Sequence[tuple[Tensor, Tensor]], targets: Targets) -> Tensor:
