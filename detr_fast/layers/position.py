@@ -28,10 +28,12 @@ class Cells:
     column_number: Tensor  # [W] int64, 0 is the leftmost column of the image
     column_count: Tensor  # [W] int64, columns of the same image
     offsets: Tensor  # [B + 1] int32
+    max_count: int  # most cells of one image
     sizes: tuple[tuple[int, int], ...]  # (rows, columns) of each image
     shape: tuple[int, int]  # (height, width) of the padded map
 
     @classmethod
+    @torch.compiler.disable  # else every combination of sizes would be compiled anew
     def of(cls, images: Images, height: int, width: int) -> Cells:
         """Cells of a map ``[B, height, width]`` that the reference keeps: its padding mask resized by "nearest".
 
@@ -56,7 +58,8 @@ class Cells:
             for whole, part in zip(lists, of_image, strict=True):
                 whole.append(part)
             rows_before, columns_before = rows_before + rows, columns_before + columns
-        offsets = offsets_of([rows * columns for rows, columns in sizes])
+        counts = [rows * columns for rows, columns in sizes]
+        offsets = offsets_of(counts)
         parts = [torch.cat(x) for x in lists]
         lengths = [len(x) for x in parts]
         moved = _move(torch.cat([*parts, offsets.long()]), images.pixels.device).split([*lengths, len(offsets)])
@@ -70,13 +73,10 @@ class Cells:
             column_number,
             column_count,
             offsets.int(),
+            max(counts),
             sizes,
             (height, width),
         )
-
-    @property
-    def max_count(self) -> int:
-        return max(rows * columns for rows, columns in self.sizes)
 
     def gather(self, feature: Tensor) -> Tensor:  # [B, D, height, width] -> [M, D]
         return feature.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, self.place)

@@ -169,12 +169,24 @@ def test_model_in_float64() -> None:
     torch.testing.assert_close(model(images())["pred_logits"].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_into_one_graph() -> None:
+def test_compiles_without_recompiling_for_other_sizes() -> None:
+    """Two graphs, up to the packed tokens and from there; a third size of images must not add any."""
     model = tiny().eval()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    batch = Images.batch(images())
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(batch).logits, model(batch).logits)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=keep_graph)
+    canvas = Images.batch([torch.randn(3, 64, 96), torch.randn(3, 64, 96)])
+    counts = []
+    for sizes in (((64, 96), (64, 96)), ((64, 48), (40, 96)), ((20, 96), (64, 70)), ((33, 17), (64, 96))):
+        batch = Images(canvas.pixels, canvas.padding, sizes)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(batch).logits, model(batch).logits)
+        counts.append(len(graphs))
+    assert counts[1] == counts[3]
 
 
 def test_attention_maps_cover_the_images_without_padding() -> None:
