@@ -67,7 +67,7 @@ class Check:
     def __init__(self, double: Scene, eager_result: Callable[[], Result]) -> None:
         logits, boxes = (x.requires_grad_() for x in (double.predictions.logits, double.predictions.boxes))
         loss = _eager(logits, boxes, double)()
-        self.exact = (loss, *torch.autograd.grad(loss, (logits, boxes)))
+        self.exact = (loss.detach(), *torch.autograd.grad(loss, (logits, boxes)))
         self.eager = eager_result()
 
     def __call__(self, provider: str, result: Result) -> None:

@@ -1,0 +1,160 @@
+"""The benchmark harness: wrong results stop it, numbers survive the CSV, bars, tables and figures are right."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lap", reason="needs the extra 'bench'")
+pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
+
+from benchmarks import criterion, plot, tables
+from benchmarks.assignment import batch, require_optimal
+from benchmarks.harness import (
+    Benchmark,
+    DisagreementError,
+    Faster,
+    LocalSampler,
+    Options,
+    Within,
+    measure,
+)
+from benchmarks.machine import peak_memory, slug
+from benchmarks.results import Row, append, latest, read
+from benchmarks.run import main
+from benchmarks.scenes import KINDS, coco_like_counts, costs, scene
+
+ROW = Row(
+    "matcher", "detr_fast", "images x queries", "2x100", 1234.5, 1000.0, 2000.0, None, "A, b", "2", "", "c", "2026"
+)
+
+
+def test_a_wrong_assignment_is_never_timed() -> None:
+    case = batch(costs("mid", 2, 20, 5), "mid", Options())
+    right = case.providers["detr_fast"]()
+    assert isinstance(right, torch.Tensor)
+    case.check("detr_fast", right)
+    worse = right.clone()
+    worse[0, 0] = next(q for q in range(20) if q not in right[0, :5].tolist())
+    with pytest.raises(DisagreementError, match="above the optimum"):
+        case.check("detr_fast", worse)
+    twice = right.clone()
+    twice[0, 0] = twice[0, 1]
+    with pytest.raises(DisagreementError, match="not 5 targets with a query each"):
+        case.check("detr_fast", twice)
+    wrong = replace(case, providers={"detr_fast": lambda: worse})
+    with pytest.raises(DisagreementError):
+        measure([LocalSampler(wrong, "detr_fast", torch.device("cpu"))], 0.01)
+
+
+def test_least_cost_is_judged_within_rounding() -> None:
+    cost = np.array([[0.0, 1.0], [0.0, 1.0 + 1e-7]], dtype=np.float32)
+    require_optimal("either way", cost, np.array([0, 1]), np.array([1, 0]))
+    require_optimal("either way", cost, np.array([0, 1]), np.array([0, 1]))
+
+
+def test_wrong_losses_and_gradients_are_found() -> None:
+    case = criterion.forward_and_backward(scene("mid", [3, 2], 10, layers=2))
+    result = case.providers["detr_fast"]()
+    case.check("detr_fast", result)
+    for place in range(3):
+        changed = list(result)  # type: ignore[call-overload]
+        changed[place] = changed[place] * 1.001
+        with pytest.raises(DisagreementError, match=r"loss|gradient of"):
+            case.check("detr_fast", changed)
+
+
+def test_providers_take_turns() -> None:
+    order: list[str] = []
+    providers = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}  # type: ignore[misc]
+    case = Benchmark("case", "axis", "value", providers, lambda name, result: None)
+    samplers = [LocalSampler(case, name, torch.device("cpu")) for name in case.providers]
+    timings = measure(samplers, 0.02, rounds=4)
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert turns.count("a") >= 4
+    assert turns.count("b") >= 4
+    assert all(timing.quantile(20) <= timing.median <= timing.quantile(80) for timing in timings.values())
+
+
+def test_bars() -> None:
+    times = {"detr_fast": 10.0, "scipy": 85.0}
+    assert Faster("scipy", 8).judge(times) == ("detr_fast >= 8x scipy: 8.5x", True)
+    assert Faster("scipy", 9).judge(times) == ("detr_fast >= 9x scipy: 8.5x", False)
+    assert Faster("lapjvr", 3).judge(times) is None
+    assert Within(9).judge(times) == ("detr_fast <= 9 us: 10 us", False)
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "machine.csv"
+    append([ROW], path)
+    append([replace(ROW, date="2027", median_us=2.5, peak_mb=1.5)], path)
+    rows = read([path])
+    assert [row.median_us for row in rows] == [1234, 2.5]  # four digits are kept
+    assert [row.peak_mb for row in rows] == [None, 1.5]
+    assert rows[0].device == "A, b"
+    assert latest(rows) == [rows[1]]
+    path.write_text("case,provider\n")
+    with pytest.raises(ValueError, match="columns must be case, provider, axis"):
+        read([path])
+
+
+def test_tables_follow_the_last_run(tmp_path: Path) -> None:
+    append([ROW, replace(ROW, provider="other", median_us=24690.0)], tmp_path / "machine.csv")
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- benchmark:matcher -->\nold\n<!-- /benchmark -->\nafter\n")
+    with pytest.raises(SystemExit, match="differ from"):
+        tables.main([str(document), "--results", str(tmp_path), "--check"])
+    tables.main([str(document), "--results", str(tmp_path)])
+    text = document.read_text()
+    assert "| matcher | 2x100 | 1.23 ms | 20x |" in text
+    assert text.startswith("before\n<!-- benchmark:matcher -->\n|")
+    assert text.endswith("<!-- /benchmark -->\nafter\n")
+    tables.main([str(document), "--results", str(tmp_path), "--check"])
+    document.write_text("<!-- benchmark:nothing -->\n<!-- /benchmark -->\n")
+    with pytest.raises(ValueError, match="no case begins with 'nothing'"):
+        tables.main([str(document), "--results", str(tmp_path)])
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    append([ROW, replace(ROW, provider="other", value="16x100")], tmp_path / "machine.csv")
+    plot.main([str(tmp_path), "--results", str(tmp_path / "machine.csv")])
+    figure = (tmp_path / "matching.svg").read_text()
+    assert "<svg" in figure
+    assert not (tmp_path / "criterion.svg").exists()
+
+
+def test_a_quick_run_prints_and_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    output = tmp_path / "rows.csv"
+    main(["assignment", "--quick", "--only", "(assign.*trained|numpy.*mid.*float64) 100x20", "--output", str(output)])
+    torch.set_num_threads(threads)
+    rows = read([output])
+    assert [row.provider for row in rows] == ["detr_fast", "scipy", "lapjvr", "lapjvr_batch", "detr_fast", "scipy"]
+    assert all(0 < row.p20_us <= row.median_us <= row.p80_us for row in rows)
+    assert re.search(r"detr_fast +[\d.e+]+ +[\d.e+]+ +[\d.e+]+ +1x", capsys.readouterr().out)
+
+
+def test_scenes_are_reproducible_and_of_their_kind() -> None:
+    for kind in KINDS:
+        first, again = costs(kind, 2, 30, 6), costs(kind, 2, 30, 6)
+        assert torch.equal(first, again)
+        assert first.isfinite().all()
+    wanted = {kind: costs(kind, 20, 100, 20).argmin(-1) for kind in ("trained", "mid", "init")}
+    distinct = {kind: sum(len(set(row.tolist())) for row in rows) for kind, rows in wanted.items()}
+    assert distinct["trained"] > distinct["mid"] > distinct["init"]
+    counts = coco_like_counts(2000)
+    assert max(counts) <= 63
+    assert 6 < sum(counts) / len(counts) < 8
+
+
+def test_machine() -> None:
+    assert slug("Intel Xeon Processor @ 2.50GHz, 2 cores") == "intel-xeon-2.50ghz-2-cores"
+    assert slug("NVIDIA H200") == "h200"
+    found = peak_memory(lambda: np.ones(8_000_000), torch.device("cpu"))
+    assert found is None or 60 < found < 80
