@@ -22,7 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 NAMES = ("circle", "rectangle", "triangle")  # category ids 1, 2, 3
-EXTENT = (0.16, 0.46)  # of an object, as a share of the image's side: 20 to 59 pixels of 128
+EXTENT = (0.16, 0.46)  # diameter of an object, as a share of the image's side: 20 to 59 pixels of 128
 MIN_VISIBLE = 0.6  # share of an object that later ones may not go below
 SHADOW = 6  # width of its soft edge in pixels
 ATTEMPTS = 8  # to place an object, before it is given up
@@ -47,12 +47,14 @@ def write_shapes(
     image_size: int = 128,
     seed: int = 0,
     max_objects: int = 6,
+    extent: tuple[float, float] = EXTENT,
 ) -> Path:
     """Writes ``{split}/*.jpg`` and ``annotations/instances_{split}.json`` for every split in ``counts``.
 
-    ``counts`` is the number of images of each split, by default 2,000 for ``train`` and 200 for ``val``. A picture
-    depends on the seed, its split and its number only. The folder appears complete or not at all; if it already holds
-    this data set, nothing is done.
+    ``counts`` is the number of images of each split, by default 2,000 for ``train`` and 200 for ``val``; ``extent`` are
+    the smallest and largest diameter of an object, as shares of the image's side. A picture depends on these, the seed,
+    its split and its number only. The folder appears complete or not at all; if it already holds this data set, nothing
+    is done.
 
     Raises:
         FileExistsError: the folder holds something else.
@@ -64,7 +66,13 @@ def write_shapes(
             f"got image_size={image_size}, max_objects={max_objects}, counts={counts}"
         )
     folder = Path(folder)
-    arguments = {"counts": counts, "image_size": image_size, "seed": seed, "max_objects": max_objects}
+    arguments = {
+        "counts": counts,
+        "image_size": image_size,
+        "seed": seed,
+        "max_objects": max_objects,
+        "extent": list(extent),
+    }
     if _is_written(folder, arguments):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +91,13 @@ def write_shapes(
     return folder
 
 
-def draw(generator: np.random.Generator, size: int = 128, max_objects: int = 6) -> Picture:
-    """One picture with 0 to ``max_objects`` objects."""
+def draw(
+    generator: np.random.Generator,
+    size: int = 128,
+    max_objects: int = 6,
+    extent: tuple[float, float] = EXTENT,
+) -> Picture:
+    """One picture with 0 to ``max_objects`` objects, of a diameter between ``extent`` times its side."""
     canvas = _ground(generator, size)
     labels: list[int] = []
     masks: list[Bools] = []
@@ -92,7 +105,7 @@ def draw(generator: np.random.Generator, size: int = 128, max_objects: int = 6) 
     for _ in range(int(generator.integers(0, max_objects + 1))):
         for _ in range(ATTEMPTS):
             label = int(generator.integers(1, len(NAMES) + 1))
-            distance = _distance(label, generator, size)
+            distance = _distance(label, generator, size, extent)
             inside = distance <= 0
             left = [mask & ~inside for mask in masks]
             if all(mask.sum() >= MIN_VISIBLE * count for mask, count in zip(left, full, strict=True)):
@@ -113,9 +126,11 @@ def _ground(generator: np.random.Generator, size: int) -> Floats:  # [size, size
     return first + (second - first) * pattern[..., None].astype(np.float32)
 
 
-def _distance(label: int, generator: np.random.Generator, size: int) -> Floats:  # [size, size]
+def _distance(
+    label: int, generator: np.random.Generator, size: int, extent: tuple[float, float]
+) -> Floats:  # [size, size]
     """Signed distance in pixels from the outline of a new object, negative inside."""
-    radius = generator.uniform(*EXTENT) * size / 2
+    radius = generator.uniform(*extent) * size / 2
     x, y = generator.uniform(radius, size - radius, 2)
     turn = generator.uniform(0, 2 * np.pi)
     centres = np.arange(size, dtype=np.float32) + 0.5  # of pixels
@@ -169,7 +184,7 @@ def _write_split(folder: Path, split: str, arguments: Mapping[str, Any], number:
     (folder / split).mkdir()
     for index in range(arguments["counts"][split]):
         generator = np.random.default_rng([DRAWING, arguments["seed"], number, index])
-        picture = draw(generator, size, arguments["max_objects"])
+        picture = draw(generator, size, arguments["max_objects"], arguments["extent"])
         file = f"{index:06d}.jpg"
         Image.fromarray(picture.pixels).save(folder / split / file, quality=92, subsampling=0)
         images.append({"id": index + 1, "file_name": file, "width": size, "height": size})

@@ -19,6 +19,8 @@ from detr_fast.engine.train import train
 
 COUNTS = {"train": 2000, "val": 200}
 IMAGE_SIZE = 96
+MAX_OBJECTS = 4
+EXTENT = (0.28, 0.6)  # diameters of the objects, shares of the side: mostly over 32 pixels, two cells of the features
 ENOUGH = 0.5  # AP50 that says the model has learned
 
 SETTINGS = {
@@ -30,8 +32,9 @@ SETTINGS = {
     "optimizer.learning_rate": 1e-3,
     "optimizer.backbone_learning_rate": 1e-3,
     "schedule.warmup_steps": 50,
-    "schedule.drop_epoch": 15,
-    "train.epochs": 18,
+    "schedule.drop_epoch": 9,
+    "schedule.drop_factor": 0.3,
+    "train.epochs": 20,
     "train.batch_size": 16,
     "train.log_steps": 25,
     "train.seed": 1,
@@ -39,6 +42,15 @@ SETTINGS = {
     "train.precision": "float32",
     "evaluate.batch_size": 50,
 }
+
+
+def _shapes(folder: Path) -> Path:
+    """The generated data set; one of an earlier version is replaced."""
+    try:
+        return write_shapes(folder, COUNTS, IMAGE_SIZE, max_objects=MAX_OBJECTS, extent=EXTENT)
+    except FileExistsError:
+        shutil.rmtree(folder)
+        return write_shapes(folder, COUNTS, IMAGE_SIZE, max_objects=MAX_OBJECTS, extent=EXTENT)
 
 
 def demo(output: Path, overrides: Iterable[tuple[str, Any]] = ()) -> int:
@@ -54,7 +66,7 @@ def demo(output: Path, overrides: Iterable[tuple[str, Any]] = ()) -> int:
     output.mkdir(parents=True, exist_ok=True)
     if run.exists():
         shutil.rmtree(run)
-    data = write_shapes(output / "shapes", COUNTS, IMAGE_SIZE)
+    data = _shapes(output / "shapes")
     print(f"shapes     written in {duration(time.monotonic() - started)}")
     config = Config().with_overrides(
         [*SETTINGS.items(), ("data.path", str(data)), ("train.output", str(run)), *overrides]

@@ -121,3 +121,12 @@ def test_is_valid_json_in_the_format_of_coco(tmp_path: Path) -> None:
     assert [entry["name"] for entry in content["categories"]] == ["circle", "rectangle", "triangle"]
     keys = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
     assert all(set(entry) == keys for entry in content["annotations"])
+
+
+def test_extent_bounds_the_size_of_objects(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "large", {"train": 20}, 64, max_objects=1, extent=(0.5, 0.6))
+    content = json.loads((tmp_path / "large" / "annotations" / "instances_train.json").read_text())
+    sides = [max(entry["bbox"][2:]) for entry in content["annotations"]]
+    assert sides
+    # A square has a side of 0.7 times its diameter, a triangle about as much; later objects hide nothing of the only one.
+    assert all(0.65 * 0.5 * 64 - 1 <= side <= 0.6 * 64 + 1 for side in sides)
