@@ -128,5 +128,5 @@ def test_extent_bounds_the_size_of_objects(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "large" / "annotations" / "instances_train.json").read_text())
     sides = [max(entry["bbox"][2:]) for entry in content["annotations"]]
     assert sides
-    # A square has a side of 0.7 times its diameter, a triangle about as much; later objects hide nothing of the only one.
+    # A square has a side of 0.7 times its diameter, a triangle about as much; nothing hides the only object.
     assert all(0.65 * 0.5 * 64 - 1 <= side <= 0.6 * 64 + 1 for side in sides)
