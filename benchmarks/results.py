@@ -62,13 +62,18 @@ def read(paths: Sequence[Path]) -> list[Row]:
 
 
 def latest(rows: Iterable[Row], commit: str | None = None) -> list[Row]:
-    """Of every case, value and device only the rows of its last run, and of `commit` if that is given."""
-    last: dict[tuple[str, str, str], str] = {}
+    """Of every case, value and device only the rows of its last run, without a revision that was timed beside it.
+
+    With `commit` the last run of that commit.
+    """
+    last: dict[tuple[str, str, str], Row] = {}
     chosen = [row for row in rows if commit is None or row.commit == commit]
     for row in chosen:
         key = (row.case, row.value, row.device)
-        last[key] = max(row.date, last.get(key, ""))
-    return [row for row in chosen if row.date == last[row.case, row.value, row.device]]
+        if key not in last or row.date > last[key].date:
+            last[key] = row  # the first row of a run is of its own commit
+    firsts = [(row, last[row.case, row.value, row.device]) for row in chosen]
+    return [row for row, first in firsts if (row.date, row.commit) == (first.date, first.commit)]
 
 
 def _row(record: dict[str, str]) -> Row:

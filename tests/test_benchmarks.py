@@ -93,10 +93,11 @@ def test_bars() -> None:
 def test_rows_survive_the_file(tmp_path: Path) -> None:
     path = tmp_path / "results" / "machine.csv"
     append([ROW], path)
-    append([replace(ROW, date="2027", median_us=2.5, peak_mb=1.5)], path)
+    later = replace(ROW, date="2027", median_us=2.5, peak_mb=1.5)
+    append([later, replace(later, commit="timed beside it")], path)
     rows = read([path])
-    assert [row.median_us for row in rows] == [1234, 2.5]  # four digits are kept
-    assert [row.peak_mb for row in rows] == [None, 1.5]
+    assert [row.median_us for row in rows] == [1234, 2.5, 2.5]  # four digits are kept
+    assert [row.peak_mb for row in rows] == [None, 1.5, 1.5]
     assert rows[0].device == "A, b"
     assert latest(rows) == [rows[1]]
     path.write_text("case,provider\n")
