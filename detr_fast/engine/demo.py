@@ -37,7 +37,7 @@ SETTINGS = {
     "schedule.warmup_steps": 50,
     "schedule.drop_epoch": 10,
     "schedule.drop_factor": 0.2,
-    "train.epochs": 15,
+    "train.epochs": 14,
     "train.batch_size": 16,
     "train.log_steps": 25,
     "train.seed": 1,
