@@ -22,7 +22,7 @@ lint: .venv/installed-dev
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks.run assignment matching criterion model
 
-# The version of PyTorch is pinned here because newer ones bring several gigabytes of CUDA packages.
+# One version of PyTorch for everybody who develops; the package itself takes any from 2.11 on.
 .venv/torch:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0 "setuptools>=77" wheel cmake ninja pybind11 numpy

@@ -40,7 +40,9 @@ def losses(predictions: Predictions, targets: Sequence[dict[str, Tensor]], class
     """Losses ``[L, 5]`` of :data:`detr_fast.ops.set_loss.TERMS`, one layer after the other."""
     packed = Targets.pack(targets)
     layers = zip(predictions.logits, predictions.boxes, strict=True)
-    matched = torch.stack([queries_of(match(logits, boxes, targets), packed) for logits, boxes in layers])
+    matched = torch.stack(
+        [queries_of(match(logits, boxes, targets), packed, logits.shape[1]) for logits, boxes in layers]
+    )
     num_boxes = packed.offsets[-1].to(torch.float32).clamp(min=1)
     inputs = (predictions.logits, predictions.boxes, matched, packed.labels, packed.boxes, packed.offsets)
     return set_loss_reference(*inputs, num_boxes, class_weight)

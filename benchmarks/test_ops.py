@@ -74,7 +74,7 @@ def test_set_loss(
     benchmark: Timer, arguments: tuple[Tensor, ...], provider: Callable[..., Tensor], backward: bool
 ) -> None:
     logits, boxes, labels, goals, offsets = arguments
-    query_of_target = match(logits, boxes, labels, goals, offsets, *COST_WEIGHTS)[0]
+    query_of_target = match(logits, boxes, labels, goals, offsets, *COST_WEIGHTS)
     inputs = [x.clone().requires_grad_(backward) for x in (logits, boxes)]
     class_weight = torch.ones(logits.shape[-1])
     num_boxes = offsets[-1].to(torch.float32)

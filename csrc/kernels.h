@@ -25,6 +25,11 @@ enum class ClassKind {
   kFocalStable,  // sigmoid focal through log-sigmoid
 };
 
+// Labels that a target may have: below this. The last class of a softmax is "no object".
+constexpr int64_t label_limit(ClassKind kind, int64_t classes) {
+  return kind == ClassKind::kSoftmax ? classes - 1 : classes;
+}
+
 // Terms that can make a pair impossible, as bits.
 enum ForbiddenTerm : int64_t { kClassTerm = 1, kBoxTerm = 2, kGiouTerm = 4, kLabelTerm = 8, kSumTerm = 16 };
 

@@ -89,27 +89,35 @@ Tensor new_filled(const Tensor& like, std::initializer_list<int64_t> shape, Scal
   return torch::stable::fill_(tensor, value);
 }
 
-// Segments of a flat list of targets; on the CPU their values are checked as well.
-Batch batch_of(const char* op, const Tensor& offsets, int64_t layers, int64_t queries, int64_t targets) {
+// Segments of a flat list of targets, whose values are checked as well. max_count is the most targets of an image, a
+// number that a device kernel needs on the host; -1 if unknown.
+Batch batch_of(const char* op, const Tensor& offsets, int64_t layers, int64_t queries, int64_t targets,
+               int64_t max_count) {
   check_shape(op, "offsets", offsets, {-1}, "[B + 1]");
   check(offsets.size(0) >= 1, op, ": offsets must be [B + 1] with at least one entry, got [0]");
   const Batch batch = {layers, offsets.size(0) - 1, queries, targets, offsets.const_data_ptr<int32_t>()};
-  const auto fits = [op](const char* name, int64_t count, int bits) {
-    check(count < int64_t(1) << bits, op, ": at most ", (int64_t(1) << bits) - 1, " ", name, ", got ", count);
-  };
-  fits("layers", layers, detr::kLayerBits);
-  fits("images", batch.images, detr::kImageBits);
-  fits("queries", queries, detr::kQueryBits);
-  fits("targets in all images", targets, 31);
   check(batch.offsets[0] == 0, op, ": offsets must start with 0, got ", batch.offsets[0]);
   for (int64_t b = 0; b < batch.images; ++b) {
     check(batch.offsets[b] <= batch.offsets[b + 1], op, ": offsets must not decrease, got ", batch.offsets[b], " then ",
           batch.offsets[b + 1], " at image ", b);
-    fits("targets in one image", batch.offsets[b + 1] - batch.offsets[b], detr::kTargetBits);
+    check(max_count < 0 || batch.offsets[b + 1] - batch.offsets[b] <= max_count, op, ": max_count must be at least ",
+          batch.offsets[b + 1] - batch.offsets[b], ", the targets of image ", b, ", got ", max_count);
   }
   check(batch.offsets[batch.images] <= targets, op, ": offsets must not exceed the number of targets ", targets,
         ", got ", batch.offsets[batch.images]);
   return batch;
+}
+
+// The status packs a position into one integer.
+void check_packable(const char* op, const Batch& batch) {
+  const auto check_fits = [op](const char* name, int64_t count, int bits) {
+    check(count < int64_t(1) << bits, op, ": at most ", (int64_t(1) << bits) - 1, " ", name, ", got ", count);
+  };
+  check_fits("layers", batch.layers, detr::kLayerBits);
+  check_fits("images", batch.images, detr::kImageBits);
+  check_fits("queries", batch.queries, detr::kQueryBits);
+  for (int64_t b = 0; b < batch.images; ++b)
+    check_fits("targets in one image", batch.offsets[b + 1] - batch.offsets[b], detr::kTargetBits);
 }
 
 // Calls work(begin, end) on several threads where there is enough to do; `cost` is the work of one item, in pairs.
@@ -122,10 +130,11 @@ void in_parallel(int64_t items, double cost, F work) {
 // ---- assign ---------------------------------------------------------------------------------------------------------
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> assign_typed(const Tensor& cost_any, const Tensor& offsets_any, bool prices) {
+std::tuple<Tensor, Tensor, Tensor> assign_typed(const Tensor& cost_any, const Tensor& offsets_any, int64_t max_count,
+                                                bool prices) {
   const Tensor cost = dense(cost_any), offsets = dense(offsets_any);
   const int64_t layers = cost.size(0), targets = cost.size(1), queries = cost.size(2);
-  const Batch batch = batch_of("assign", offsets, layers, queries, targets);
+  const Batch batch = batch_of("assign", offsets, layers, queries, targets, max_count);
   Tensor query_of_target = new_filled(cost, {layers, targets}, ScalarType::Int, -1);
   const int64_t priced = prices ? layers : 0;
   Tensor target_price = torch::stable::new_zeros(cost, {priced, targets}, kScalarType<T>);
@@ -147,14 +156,14 @@ std::tuple<Tensor, Tensor, Tensor> assign_typed(const Tensor& cost_any, const Te
   return {query_of_target, target_price, query_price};
 }
 
-std::tuple<Tensor, Tensor, Tensor> assign(Tensor cost, Tensor offsets, bool prices) {
+std::tuple<Tensor, Tensor, Tensor> assign(Tensor cost, Tensor offsets, int64_t max_count, bool prices) {
   check_shape("assign", "cost", cost, {-1, -1, -1}, "[L, T, Q]");
   check_type("assign", "offsets", offsets, ScalarType::Int, "int32");
   const ElementType type = element_type("assign", "cost", cost.scalar_type());
   check(type == ElementType::kFloat64 || type == ElementType::kFloat32, "assign: cost must be float32 or float64, got ",
         toString(cost.scalar_type()));
-  return type == ElementType::kFloat64 ? assign_typed<double>(cost, offsets, prices)
-                                       : assign_typed<float>(cost, offsets, prices);
+  return type == ElementType::kFloat64 ? assign_typed<double>(cost, offsets, max_count, prices)
+                                       : assign_typed<float>(cost, offsets, max_count, prices);
 }
 
 // ---- matching_cost and match ----------------------------------------------------------------------------------------
@@ -188,6 +197,7 @@ bool needs_double(const Tensor& logits, const Tensor& boxes) {
 }
 
 struct CostOptions {
+  int64_t max_count;
   double class_weight, box_weight, giou_weight;
   std::string kind;
   double alpha, gamma;
@@ -196,7 +206,9 @@ struct CostOptions {
 template <typename T>
 detr::CostArguments<T> cost_arguments(const char* op, const CostInputs& in, const CostOptions& options) {
   const Tensor& logits = in.logits;
-  return {batch_of(op, in.offsets, logits.size(0), logits.size(2), in.labels.size(0)),
+  const Batch batch = batch_of(op, in.offsets, logits.size(0), logits.size(2), in.labels.size(0), options.max_count);
+  check_packable(op, batch);
+  return {batch,
           logits.size(3),
           elements(op, "logits", logits),
           elements(op, "boxes", in.boxes),
@@ -210,17 +222,23 @@ detr::CostArguments<T> cost_arguments(const char* op, const CostInputs& in, cons
           T(options.gamma)};
 }
 
-// [2] int64: number of forbidden pairs, packed position of the first.
-Tensor status_of(const Tensor& like, const std::vector<Forbidden>& forbidden) {
+void check_status(const char* op, const Tensor& status) {
+  check_shape(op, "status", status, {2}, "[2]");
+  check_type(op, "status", status, ScalarType::Long, "int64");
+  check(status.is_contiguous(), op, ": status must be contiguous");
+}
+
+// Adds the number of forbidden pairs to the status; the position of the first of this call replaces the one before.
+void add_to_status(Tensor& status, const std::vector<Forbidden>& forbidden) {
   int64_t count = 0, first = std::numeric_limits<int64_t>::max();
   for (const Forbidden& problem : forbidden) {
     count += problem.count;
     first = std::min(first, problem.first);
   }
-  Tensor status = torch::stable::new_empty(like, {2}, ScalarType::Long);
-  status.mutable_data_ptr<int64_t>()[0] = count;
-  status.mutable_data_ptr<int64_t>()[1] = first;
-  return status;
+  if (count == 0) return;
+  int64_t* data = status.mutable_data_ptr<int64_t>();
+  data[0] += count;
+  data[1] = first;
 }
 
 // Work of one problem, in pairs: one for each logit and each pair of target and query.
@@ -231,7 +249,7 @@ double work_of_problem(const detr::CostArguments<T>& a) {
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> matching_cost_typed(const CostInputs& in, const CostOptions& options) {
+Tensor matching_cost_typed(const CostInputs& in, const CostOptions& options, Tensor& status) {
   const auto arguments = cost_arguments<T>("matching_cost", in, options);
   const Batch& batch = arguments.batch;
   const bool full = batch.offsets[batch.images] == batch.targets;
@@ -246,20 +264,22 @@ std::tuple<Tensor, Tensor> matching_cost_typed(const CostInputs& in, const CostO
       detr::cpu::kernels().matching_cost_float(arguments, out, forbidden.data(), begin, end);
     }
   });
-  return {cost, status_of(cost, forbidden)};
+  add_to_status(status, forbidden);
+  return cost;
 }
 
-std::tuple<Tensor, Tensor> matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes,
-                                         Tensor offsets, double class_weight, double box_weight, double giou_weight,
-                                         std::string kind, double alpha, double gamma) {
+Tensor matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, Tensor status,
+                     int64_t max_count, double class_weight, double box_weight, double giou_weight, std::string kind,
+                     double alpha, double gamma) {
   const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
-  const CostOptions options = {class_weight, box_weight, giou_weight, kind, alpha, gamma};
-  return needs_double(logits, boxes) ? matching_cost_typed<double>(in, options)
-                                     : matching_cost_typed<float>(in, options);
+  check_status("matching_cost", status);
+  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  return needs_double(logits, boxes) ? matching_cost_typed<double>(in, options, status)
+                                     : matching_cost_typed<float>(in, options, status);
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> match_typed(const CostInputs& in, const CostOptions& options) {
+Tensor match_typed(const CostInputs& in, const CostOptions& options, Tensor& status) {
   const auto arguments = cost_arguments<T>("match", in, options);
   const Batch& batch = arguments.batch;
   Tensor query_of_target = new_filled(in.logits, {batch.layers, batch.targets}, ScalarType::Int, -1);
@@ -272,15 +292,18 @@ std::tuple<Tensor, Tensor> match_typed(const CostInputs& in, const CostOptions& 
       detr::cpu::kernels().match_float(arguments, out, forbidden.data(), begin, end);
     }
   });
-  return {query_of_target, status_of(in.logits, forbidden)};
+  add_to_status(status, forbidden);
+  return query_of_target;
 }
 
-std::tuple<Tensor, Tensor> match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
-                                 double class_weight, double box_weight, double giou_weight, std::string kind,
-                                 double alpha, double gamma) {
+Tensor match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, Tensor status,
+             int64_t max_count, double class_weight, double box_weight, double giou_weight, std::string kind,
+             double alpha, double gamma) {
   const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
-  const CostOptions options = {class_weight, box_weight, giou_weight, kind, alpha, gamma};
-  return needs_double(logits, boxes) ? match_typed<double>(in, options) : match_typed<float>(in, options);
+  check_status("match", status);
+  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  return needs_double(logits, boxes) ? match_typed<double>(in, options, status)
+                                     : match_typed<float>(in, options, status);
 }
 
 // ---- set_loss -------------------------------------------------------------------------------------------------------
@@ -288,15 +311,15 @@ std::tuple<Tensor, Tensor> match(Tensor logits, Tensor boxes, Tensor labels, Ten
 constexpr int64_t kTerms = 5;  // class, L1, GIoU, cardinality error, class error
 
 // A matched target must name a query and a class that exist; the first that does not is reported with its image.
-void check_matches(const Batch& batch, const int32_t* query_of_target, const int64_t* labels, int64_t classes) {
+void check_matches(const Batch& batch, const int32_t* query_of_target, const int64_t* labels, int64_t limit) {
   for (int64_t layer = 0; layer < batch.layers; ++layer) {
     for (int64_t b = 0; b < batch.images; ++b) {
       for (int64_t t = batch.offsets[b]; t < batch.offsets[b + 1]; ++t) {
         const int64_t query = query_of_target[layer * batch.targets + t];
         check(query >= -1 && query < batch.queries, "set_loss: query_of_target must be in [-1, ", batch.queries,
               "), got ", query, " for layer ", layer, ", image ", b, ", target ", t - batch.offsets[b]);
-        check(query < 0 || (labels[t] >= 0 && labels[t] < classes), "set_loss: labels must be in [0, ", classes,
-              "), got ", labels[t], " for image ", b, ", target ", t - batch.offsets[b]);
+        check(query < 0 || (labels[t] >= 0 && labels[t] < limit), "set_loss: labels must be in [0, ", limit, "), got ",
+              labels[t], " for image ", b, ", target ", t - batch.offsets[b]);
       }
     }
   }
@@ -365,11 +388,11 @@ std::tuple<Tensor, Tensor, Tensor> set_loss_typed(const CostInputs& in, const Te
   const Tensor query_of_target = dense(query_of_target_any);
   const int64_t layers = in.logits.size(0), images = in.logits.size(1), queries = in.logits.size(2);
   const int64_t classes = in.logits.size(3);
-  const Batch batch = batch_of("set_loss", in.offsets, layers, queries, in.labels.size(0));
+  const Batch batch = batch_of("set_loss", in.offsets, layers, queries, in.labels.size(0), -1);
   const ClassKind kind = class_kind("set_loss", options.kind);
   const int32_t* matches = query_of_target.const_data_ptr<int32_t>();
   const int64_t* labels = in.labels.const_data_ptr<int64_t>();
-  check_matches(batch, matches, labels, classes);
+  check_matches(batch, matches, labels, detr::label_limit(kind, classes));
 
   std::vector<T> weights(classes, T(1));
   if (class_weight) {
@@ -473,14 +496,16 @@ std::tuple<Tensor, Tensor> set_loss_backward(Tensor loss_gradient, Tensor logits
 }  // namespace
 
 STABLE_TORCH_LIBRARY(detr_fast, m) {
-  m.def("assign(Tensor cost, Tensor offsets, bool prices) -> (Tensor, Tensor, Tensor)");
+  m.def("assign(Tensor cost, Tensor offsets, SymInt max_count, bool prices) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, float "
-      "class_weight, "
-      "float box_weight, float giou_weight, str kind, float alpha, float gamma) -> (Tensor, Tensor)");
+      "matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, Tensor(a!) "
+      "status, "
+      "SymInt max_count, float class_weight, float box_weight, float giou_weight, str kind, float alpha, float gamma) "
+      "-> Tensor");
   m.def(
-      "match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, float class_weight, "
-      "float box_weight, float giou_weight, str kind, float alpha, float gamma) -> (Tensor, Tensor)");
+      "match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, Tensor(a!) status, "
+      "SymInt max_count, float class_weight, float box_weight, float giou_weight, str kind, float alpha, float gamma) "
+      "-> Tensor");
   m.def(
       "set_loss(Tensor logits, Tensor boxes, Tensor query_of_target, Tensor labels, Tensor target_boxes, Tensor "
       "offsets, "

@@ -1,4 +1,4 @@
-"""The fastest correct DETR: native matching, set loss and attention for PyTorch.
+"""DETR with native matching, set loss and attention for PyTorch.
 
 Submodules and the names below are imported on first use, so that ``detr_fast.numpy`` works without importing PyTorch.
 """
@@ -37,12 +37,28 @@ _MODULE_OF_NAME = {
     "build_model": "detr_fast.models",
 }
 
+_SUBMODULES = (
+    "boxes",
+    "criterion",
+    "data",
+    "engine",
+    "layers",
+    "losses",
+    "matcher",
+    "models",
+    "numpy",
+    "ops",
+    "structures",
+)
+
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"detr_fast.{name}")
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module 'detr_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULE_OF_NAME])
+    return sorted([*globals(), *_MODULE_OF_NAME, *_SUBMODULES])

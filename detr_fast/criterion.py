@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from detr_fast.losses import mask_losses
-from detr_fast.matcher import HungarianMatcher, queries_of
+from detr_fast.matcher import HungarianMatcher, check_batch_size, check_class_options, queries_of
 from detr_fast.ops.matching_cost import ClassKind
 from detr_fast.ops.set_loss import TERMS, set_loss
 from detr_fast.structures import Predictions, Targets
@@ -23,6 +23,8 @@ _ENTRIES = {
     "boxes": (("loss_bbox", "bbox", True), ("loss_giou", "giou", True)),
     "masks": (),
 }
+
+_ORIGINAL_METHODS = ("get_loss", "_get_src_permutation_idx", "_get_tgt_permutation_idx")
 
 
 class SetCriterion(nn.Module):
@@ -43,13 +45,23 @@ class SetCriterion(nn.Module):
         weight_dict: weights of the entries, for :meth:`weighted_sum`.
         eos_coef: weight of "no object" in ``loss_ce``; the buffer `empty_weight` [num_classes + 1] may be changed.
         losses: of "labels", "cardinality", "boxes", "masks".
-        kind: "softmax", or "focal" with logits of `num_classes` and `alpha`, `gamma`; None: the matcher's.
+        kind: "softmax", or "focal" with logits of `num_classes`; None: the matcher's, as for `alpha` and `gamma`.
 
     Raises:
-        ValueError: an unknown loss, wrong number of logits, malformed targets (with the image).
+        ValueError: an unknown loss, wrong number of logits, malformed targets or pairs (with the image).
+        TypeError: a subclass defines one of the original's methods for single losses: there are none to replace here.
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        replaced = sorted(name for name in vars(cls) if name.startswith("loss_") or name in _ORIGINAL_METHODS)
+        if replaced:
+            raise TypeError(
+                f"{cls.__name__}: SetCriterion computes all losses in one call and does not use {replaced[0]}; "
+                "override forward and add terms to its result"
+            )
+        super().__init_subclass__(**options)
 
     def __init__(
         self,
@@ -60,8 +72,8 @@ class SetCriterion(nn.Module):
         losses: Sequence[str],
         *,
         kind: ClassKind | None = None,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
+        alpha: float | None = None,
+        gamma: float | None = None,
     ) -> None:
         super().__init__()
         unknown = [name for name in losses if name not in _ENTRIES]
@@ -71,7 +83,9 @@ class SetCriterion(nn.Module):
         self.eos_coef, self.losses = eos_coef, list(losses)
         inherited: ClassKind = getattr(matcher, "kind", "softmax")
         self.kind: ClassKind = kind or inherited
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha: float = getattr(matcher, "alpha", 0.25) if alpha is None else alpha
+        self.gamma: float = getattr(matcher, "gamma", 2.0) if gamma is None else gamma
+        check_class_options("SetCriterion", self.kind, self.alpha, self.gamma)
         self.empty_weight: Tensor
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = eos_coef
@@ -85,9 +99,10 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         predictions = outputs if isinstance(outputs, Predictions) else Predictions.from_dict(outputs)
         self._check_classes(predictions)
+        check_batch_size("SetCriterion", predictions.logits.shape[1], len(targets))
         packed = targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
         packed = packed.to(predictions.logits.device)
-        query_of_target = self._match(predictions, packed, targets)
+        query_of_target = self._match(predictions, packed, outputs, targets)
         num_boxes = mean_box_count(packed.offsets)
         values = set_loss(
             predictions.logits,
@@ -97,7 +112,7 @@ class SetCriterion(nn.Module):
             packed.boxes,
             packed.offsets,
             num_boxes,
-            self.empty_weight if self.kind == "softmax" else None,
+            self.empty_weight.float() if self.kind == "softmax" else None,
             self.kind,
             self.alpha,
             self.gamma,
@@ -118,21 +133,25 @@ class SetCriterion(nn.Module):
                 f"kind={self.kind!r}), got {predictions.logits.shape[-1]}"
             )
 
-    def _match(self, predictions: Predictions, packed: Targets, targets: Any) -> Tensor:
+    def _match(self, predictions: Predictions, packed: Targets, outputs: Any, targets: Any) -> Tensor:
         if isinstance(self.matcher, HungarianMatcher):
             return self.matcher(predictions, packed)
         if isinstance(targets, Targets):
-            bounds = packed.offsets.tolist()
-            slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
+            slices = [slice(*pair) for pair in pairwise(packed.offsets.tolist())]
             targets = [{"labels": packed.labels[own], "boxes": packed.boxes[own]} for own in slices]
-        layers = zip(predictions.logits.detach(), predictions.boxes.detach(), strict=True)
-        pairs = [self.matcher({"pred_logits": logits, "pred_boxes": boxes}, targets) for logits, boxes in layers]
-        return torch.stack([queries_of(layer, packed) for layer in pairs])
+        if isinstance(outputs, Predictions):
+            outputs = outputs.as_dict()
+        last = {name: value for name, value in outputs.items() if name != "aux_outputs"}
+        with torch.no_grad():
+            pairs = [self.matcher(layer, targets) for layer in (*outputs.get("aux_outputs", ()), last)]
+        return torch.stack([queries_of(layer, packed, predictions.logits.shape[2]) for layer in pairs])
 
     def _named(self, values: Tensor) -> dict[str, Tensor]:
         """``[L, terms]`` under the published names, last layer first."""
         count = len(values)
-        differentiable, constant = values.flatten().unbind(), values.detach().flatten().unbind()
+        # Clones, because callers multiply entries in place.
+        differentiable = [value.clone() for value in values.flatten().unbind()]
+        constant = values.detach().clone().flatten().unbind()
         losses = {}
         for layer in (count - 1, *range(count - 1)):
             suffix = "" if layer == count - 1 else f"_{layer}"
@@ -152,7 +171,9 @@ class SetCriterion(nn.Module):
         values = torch.stack([losses[name] for name in names])
         key = (*((name, self.weight_dict[name]) for name in names), values.device, values.dtype)
         if key not in self._weights:
-            self._weights = {key: values.new_tensor([self.weight_dict[name] for name in names])}
+            with torch.inference_mode(False):  # the tensor is kept for steps that do differentiate
+                weights = torch.tensor([self.weight_dict[name] for name in names], dtype=values.dtype)
+                self._weights = {key: weights.to(values.device)}
         return (values * self._weights[key]).sum()
 
     def matcher_report(self) -> str | None:

@@ -17,25 +17,27 @@ def mask_losses(
 ) -> tuple[Tensor, Tensor]:
     """Focal (alpha 0.25, gamma 2) and dice loss of matched masks, each summed and divided by `num_boxes`.
 
-    Predictions are resized (bilinear) to the largest height and width of the batch's annotated masks; pixels of padding
-    count as background, as in the published code. Source: Carion et al. 2020, section 5; Milletari et al., 3DV 2016.
+    Computed in float32, or in float64 if `masks` is. Predictions are resized (bilinear) to the largest height and width
+    of the batch's annotated masks; pixels of padding count as background, as in the published code. Source: Carion et
+    al. 2020, section 5; Milletari et al., 3DV 2016.
     """
     if targets.masks is None:
         raise ValueError("mask_losses: targets must have masks, got None")
     total = sum(len(mask) for mask in targets.masks)
     if total == 0:
-        zero = masks.sum() * 0
+        zero = masks[..., :0].sum()
         return zero, zero
     height = max(mask.shape[-2] for mask in targets.masks)
     width = max(mask.shape[-1] for mask in targets.masks)
     padded = [F.pad(mask, (0, width - mask.shape[-1], 0, height - mask.shape[-2])) for mask in targets.masks]
-    goal = torch.cat(padded).to(masks).flatten(1)  # [T, height * width]
+    dtype = torch.promote_types(masks.dtype, torch.float32)
+    goal = torch.cat(padded).to(masks.device, dtype).flatten(1)  # [T, height * width]
 
     rows = torch.arange(total, device=masks.device)
     image = torch.searchsorted(targets.offsets, rows, right=True) - 1
     query = query_of_target[:total].long()
-    matched = (query >= 0).to(masks)
-    chosen = masks[image, query.clamp(min=0)]
+    matched = (query >= 0).to(dtype)
+    chosen = masks[image, query.clamp(min=0)].to(dtype)
     logits = F.interpolate(chosen[:, None], (height, width), mode="bilinear", align_corners=False).flatten(1)
 
     focal = torch.where(

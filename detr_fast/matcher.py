@@ -29,10 +29,11 @@ class HungarianMatcher(nn.Module):
 
     Args:
         kind: "softmax" (DETR), "focal" (Deformable DETR's formula) or "focal_stable", with `alpha` and `gamma`.
-        invalid: what a pair without a finite cost (NaN or infinite logits or boxes, boxes without area on both sides, a
-            label out of range) leads to. "raise": a ValueError that names its layer, image, target, query and term.
-            "skip": such pairs are not matched, the rest is matched at least cost, and :meth:`report` tells how many
-            there were. None: "raise" on the CPU, where looking costs nothing, and "skip" on other devices.
+        invalid: what a pair without a finite cost (NaN or infinite logits or boxes, boxes without area on both sides,
+            on a device also a label out of range) leads to. "raise": a ValueError that names its layer, image, target,
+            query and term. "skip": such pairs are not matched, the rest is matched at least cost, and :meth:`report`
+            tells how many there were; this is also what ``torch.compile(fullgraph=True)`` needs. None: "raise" on the
+            CPU, where looking costs nothing, and "skip" on other devices.
 
     Raises:
         ValueError: all weights are 0, targets are malformed (with the image), or see `invalid`.
@@ -54,13 +55,13 @@ class HungarianMatcher(nn.Module):
         super().__init__()
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("HungarianMatcher: at least one of cost_class, cost_bbox, cost_giou must not be 0")
-        if kind not in ("softmax", "focal", "focal_stable"):
-            raise ValueError(f"HungarianMatcher: kind must be softmax, focal or focal_stable, got {kind!r}")
+        check_class_options("HungarianMatcher", kind, alpha, gamma)
         if invalid not in (None, "raise", "skip"):
             raise ValueError(f"HungarianMatcher: invalid must be 'raise', 'skip' or None, got {invalid!r}")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.kind, self.alpha, self.gamma, self.invalid = kind, alpha, gamma, invalid
-        self._status: Tensor | None = None
+        self._status: Tensor
+        self.register_buffer("_status", ForbiddenPairs.new_status(), persistent=False)
 
     @overload
     def forward(self, outputs: Predictions, targets: Targets) -> Tensor: ...
@@ -80,6 +81,7 @@ class HungarianMatcher(nn.Module):
         if isinstance(outputs, Predictions) and isinstance(targets, Targets):
             return self._match(outputs, targets)
         predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])  # type: ignore[index]
+        check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(targets))
         packed = Targets.pack(targets, self.num_labels(predictions.logits.shape[-1]))  # type: ignore[arg-type]
         packed = packed.to(predictions.logits.device)
         return pairs_of(self._match(predictions, packed)[0], packed.offsets)
@@ -89,7 +91,9 @@ class HungarianMatcher(nn.Module):
         return classes - 1 if self.kind == "softmax" else classes
 
     def _match(self, predictions: Predictions, targets: Targets) -> Tensor:
-        query_of_target, status = match(
+        if self._status.device != predictions.logits.device:
+            self._status = self._status.to(predictions.logits.device)
+        query_of_target = match(
             predictions.logits,
             predictions.boxes,
             targets.labels,
@@ -101,30 +105,24 @@ class HungarianMatcher(nn.Module):
             self.kind,
             self.alpha,
             self.gamma,
+            status=self._status,
+            max_count=targets.max_count,
         )
-        if self.invalid == "raise" or (self.invalid is None and status.device.type == "cpu"):
-            forbidden = ForbiddenPairs.read(status)
+        if self.invalid == "raise" or (self.invalid is None and query_of_target.device.type == "cpu"):
+            forbidden = self.report()
             if forbidden is not None:
                 raise ValueError(f"HungarianMatcher: {forbidden}")
-        else:
-            self._remember(status)
         return query_of_target
-
-    def _remember(self, status: Tensor) -> None:
-        """Adds up counts and keeps the latest position, on the device."""
-        if self._status is None or self._status.device != status.device:
-            self._status = status
-        else:
-            latest = torch.where(status[0] > 0, status[1], self._status[1])
-            self._status = torch.stack([self._status[0] + status[0], latest])
 
     def report(self) -> ForbiddenPairs | None:
         """Pairs skipped since the last report, with the position of the latest; None if there were none.
 
         Waits for the device.
         """
-        status, self._status = self._status, None
-        return None if status is None else ForbiddenPairs.read(status)
+        forbidden = ForbiddenPairs.read(self._status)
+        if forbidden is not None:
+            self._status.copy_(ForbiddenPairs.new_status())
+        return forbidden
 
     def extra_repr(self) -> str:
         return (
@@ -147,9 +145,39 @@ def pairs_of(query_of_target: Tensor, offsets: Tensor) -> Pairs:
     return pairs
 
 
-def queries_of(pairs: Sequence[tuple[Tensor, Tensor]], targets: Targets) -> Tensor:
-    """The inverse of :func:`pairs_of`: ``[T]`` int32 on the targets' device."""
+def queries_of(pairs: Sequence[tuple[Tensor, Tensor]], targets: Targets, num_queries: int) -> Tensor:
+    """The inverse of :func:`pairs_of`: ``[T]`` int32 on the targets' device.
+
+    Raises:
+        ValueError: the pairs are no one-to-one matching of the batch; the message names the image.
+    """
+    bounds = targets.offsets.tolist()
+    if len(pairs) != len(bounds) - 1:
+        raise ValueError(f"matcher: must return a pair for each of {len(bounds) - 1} images, got {len(pairs)}")
     query_of_target = torch.full((len(targets.labels),), -1, dtype=torch.int32)
-    for start, (queries, own) in zip(targets.offsets.tolist(), pairs, strict=False):
-        query_of_target[start + own.cpu()] = queries.cpu().to(torch.int32)
+    for image, (start, end) in enumerate(pairwise(bounds)):
+        queries, own = (torch.as_tensor(side).cpu().long() for side in pairs[image])
+        for name, side, count in (("query", queries, num_queries), ("target", own, end - start)):
+            if len(side) and not 0 <= int(side.min()) <= int(side.max()) < count:
+                raise ValueError(
+                    f"matcher: {name} indices of image {image} must be in [0, {count}), got {side.tolist()}"
+                )
+            if len(side.unique()) != len(side):
+                raise ValueError(f"matcher: image {image} must use no {name} twice, got {side.tolist()}")
+        query_of_target[start + own] = queries.to(torch.int32)
     return query_of_target.to(targets.labels.device)
+
+
+def check_class_options(name: str, kind: str, alpha: float, gamma: float) -> None:
+    """Options of the class cost and loss, the same in matcher and criterion."""
+    if kind not in ("softmax", "focal", "focal_stable"):
+        raise ValueError(f"{name}: kind must be softmax, focal or focal_stable, got {kind!r}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{name}: alpha must be in [0, 1], got {alpha}")
+    if gamma < 0:
+        raise ValueError(f"{name}: gamma must be at least 0, got {gamma}")
+
+
+def check_batch_size(name: str, images: int, targets: int) -> None:
+    if images != targets:
+        raise ValueError(f"{name}: targets must have one entry for each of {images} images, got {targets}")

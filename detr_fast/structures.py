@@ -82,6 +82,13 @@ class Predictions:
     def from_dict(cls, outputs: Mapping[str, Any]) -> Predictions:
         """The dictionary of facebookresearch/detr: ``pred_logits``, ``pred_boxes`` and, if present, ``aux_outputs``."""
         layers = [*outputs.get("aux_outputs", ()), outputs]
+        for index, layer in enumerate(layers):
+            for name in ("pred_logits", "pred_boxes"):
+                if layer[name].shape != outputs[name].shape:
+                    raise ValueError(
+                        f"aux_outputs[{index}]: {name} must be {list(outputs[name].shape)} as in the last layer, "
+                        f"got {list(layer[name].shape)}"
+                    )
         logits = torch.stack([layer["pred_logits"] for layer in layers])
         boxes = torch.stack([layer["pred_boxes"] for layer in layers])
         return cls(logits, boxes, outputs.get("pred_masks"))
@@ -129,7 +136,7 @@ class Targets:
             boxes = torch.cat([target["boxes"] for target in targets]).to(torch.float32)
         else:
             labels, boxes = torch.empty(0, dtype=torch.int64), torch.empty(0, 4)
-        masks = tuple(t["masks"] for t in targets) if counts and all("masks" in t for t in targets) else None
+        masks = _masks_of(targets, counts, names)
         offsets = offsets_of(counts)
         packed = cls(labels, boxes, offsets, max(counts, default=0), masks)
         if labels.device.type == "cpu":
@@ -180,6 +187,24 @@ class Targets:
 
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
+
+
+def _masks_of(
+    targets: Sequence[Mapping[str, Tensor]], counts: Sequence[int], names: Sequence[object] | None
+) -> tuple[Tensor, ...] | None:
+    """Masks of all images, or None if none has any."""
+    if not any("masks" in target for target in targets):
+        return None
+    for index, (target, count) in enumerate(zip(targets, counts, strict=True)):
+        where = _name_of_image(index, names)
+        if "masks" not in target:
+            raise ValueError(f"targets of {where}: 'masks' is missing, other images of the batch have it")
+        if target["masks"].dim() != 3 or len(target["masks"]) != count:
+            raise ValueError(
+                f"targets of {where}: masks must be [{count}, height, width] (one a label), "
+                f"got {list(target['masks'].shape)}"
+            )
+    return tuple(target["masks"] for target in targets)
 
 
 def _name_of_image(index: int, names: Sequence[object] | None) -> str:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from detr_fast import HungarianMatcher, Predictions, SetCriterion, Targets
 
@@ -118,6 +119,65 @@ def test_foreign_matchers_are_used() -> None:
     assert all(torch.equal(losses[key], fast[key]) for key in losses)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([([0, 1], [0, 0]), ([], []), ([], [])], r"image 0 must use no target twice, got \[0, 0\]"),
+        ([([1, 1], [0, 1]), ([], []), ([], [])], r"image 0 must use no query twice, got \[1, 1\]"),
+        ([([0], [3]), ([], []), ([], [])], r"target indices of image 0 must be in \[0, 3\), got \[3\]"),
+        ([([], []), ([], []), ([9], [0])], r"query indices of image 2 must be in \[0, 9\), got \[9\]"),
+        ([([], []), ([], [])], "must return a pair for each of 3 images, got 2"),
+    ],
+)
+def test_pairs_that_are_no_matching_are_refused(pairs: list[tuple[list[int], list[int]]], message: str) -> None:
+    class Faulty(nn.Module):
+        def forward(self, outputs, targets):
+            return [(torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)) for a, b in pairs]
+
+    predictions, targets = batch()
+    with pytest.raises(ValueError, match=message):
+        SetCriterion(7, Faulty(), WEIGHTS, 0.1, LOSSES)(predictions.as_dict(), targets)
+
+
+def test_entries_may_be_weighted_in_place() -> None:
+    predictions, targets = batch()
+    logits = predictions.logits.requires_grad_()
+    criterion = criterion_of()
+    losses = criterion(Predictions(logits, predictions.boxes).as_dict(), targets)
+    expected = torch.autograd.grad(criterion.weighted_sum(losses), logits, retain_graph=True)[0]
+    for name in losses:
+        losses[name] *= WEIGHTS.get(name, 0.0)
+    torch.testing.assert_close(torch.autograd.grad(sum(losses.values()), logits)[0], expected)
+
+
+def test_evaluation_in_inference_mode_does_not_spoil_training() -> None:
+    predictions, targets = batch()
+    criterion, packed = criterion_of(), Targets.pack(targets)
+    with torch.inference_mode():
+        criterion.weighted_sum(criterion(predictions, packed))
+    logits = predictions.logits.clone().requires_grad_()
+    criterion.weighted_sum(criterion(Predictions(logits, predictions.boxes), packed)).backward()
+    assert logits.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_criterion_may_be_converted(dtype: torch.dtype) -> None:
+    predictions, targets = batch()
+    before = criterion_of()(predictions.as_dict(), targets)
+    after = criterion_of().to(dtype)(predictions.as_dict(), targets)
+    # The weight of "no object", 0.1, is rounded with the buffer.
+    assert abs(after["loss_ce"] / before["loss_ce"] - 1) <= max(torch.finfo(dtype).eps, 1e-6)
+    assert torch.equal(after["loss_bbox"], before["loss_bbox"])
+
+
+def test_replaced_methods_are_refused() -> None:
+    with pytest.raises(TypeError, match="does not use loss_labels"):
+
+        class Replaced(SetCriterion):
+            def loss_labels(self, outputs, targets, indices, num_boxes):
+                return {}
+
+
 def test_class_weights_may_be_changed() -> None:
     predictions, targets = batch()
     criterion = criterion_of()
@@ -140,22 +200,24 @@ def test_arguments_are_checked() -> None:
         criterion_of()(predictions.as_dict(), targets)
 
 
-def test_compiles_whole() -> None:
-    predictions, targets = batch()
+def test_compiles_whole_and_not_again_when_targets_change() -> None:
     criterion = SetCriterion(7, HungarianMatcher(1, 5, 2, invalid="skip"), WEIGHTS, 0.1, LOSSES)
-    packed = Targets.pack(targets)
 
-    def total(logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        return criterion.weighted_sum(criterion(Predictions(logits, boxes), packed))
+    def total(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> torch.Tensor:
+        return criterion.weighted_sum(criterion(Predictions(logits, boxes), targets))
 
     torch._dynamo.reset()
-    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
-    gradients = []
-    for function in (total, compiled):
-        logits = predictions.logits.clone().requires_grad_()
-        function(logits, predictions.boxes).backward()
-        gradients.append(logits.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(total, backend=counter, fullgraph=True, dynamic=True)
+    for counts in ((3, 0, 5), (4, 4, 9), (2, 2, 2)):
+        predictions, targets = batch(counts)
+        gradients = []
+        for function in (total, compiled):
+            logits = predictions.logits.clone().requires_grad_()
+            function(logits, predictions.boxes, Targets.pack(targets)).backward()
+            gradients.append(logits.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+    assert counter.frame_count == 1
 
 
 def free_port() -> int:

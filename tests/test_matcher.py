@@ -61,8 +61,8 @@ def test_fast_interface_matches_all_layers_as_the_old_one_does() -> None:
     query_of_target = matcher(Predictions(logits, boxes), packed)
     assert query_of_target.shape == (2, 15)
     assert query_of_target.dtype == torch.int32
-    assert torch.equal(query_of_target[0], queries_of(matcher(other, targets), packed))
-    assert torch.equal(query_of_target[1], queries_of(matcher(outputs, targets), packed))
+    assert torch.equal(query_of_target[0], queries_of(matcher(other, targets), packed, 10))
+    assert torch.equal(query_of_target[1], queries_of(matcher(outputs, targets), packed, 10))
 
 
 def test_gradients_and_modes_do_not_matter() -> None:
@@ -123,6 +123,10 @@ def test_arguments_are_checked() -> None:
         HungarianMatcher(kind="sigmoid")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="invalid must be 'raise', 'skip' or None, got 'ignore'"):
         HungarianMatcher(invalid="ignore")  # type: ignore[arg-type]
-    _outputs, targets = batch()
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got -1"):
+        HungarianMatcher(alpha=-1)
+    outputs, targets = batch()
+    with pytest.raises(ValueError, match="targets must have one entry for each of 3 images, got 2"):
+        HungarianMatcher()(outputs, targets[:2])
     with pytest.raises(TypeError, match="got Predictions with list"):
         HungarianMatcher()(Predictions(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 4)), targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ def test_every_public_name_resolves() -> None:
         assert name in dir(detr_fast)
     with pytest.raises(AttributeError, match="no attribute 'Matcher'"):
         detr_fast.Matcher  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["ops", "numpy", "boxes", "criterion", "models", "data", "engine"])
+def test_every_module_can_be_imported_first(module: str) -> None:
+    code = f"import detr_fast.{module}", f"import detr_fast; detr_fast.{module}"
+    for line in code:
+        subprocess.run([sys.executable, "-c", line], check=True)
 
 
 def test_instruction_set_is_one_that_exists() -> None:

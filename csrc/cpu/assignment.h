@@ -195,7 +195,7 @@ class Solver {
         if (!(least < kInfinity<T>)) return leave_one_out(root);
         slot = slot_with(least);
         if (!is_popped(slot) || best_is_free(row_of_slot_[slot])) break;
-        key_[slot] = exit_of(slot);
+        set_lane(key_, slot, exit_of(slot));
         least = smallest_key();
       }
       distance = slot == kRoot ? root_key : least;
@@ -204,7 +204,6 @@ class Solver {
       price = row_price_[slot];
       from = int32_t(slot);
       pop(slot, distance);
-      key_[slot] = exit_of(slot);
     }
   }
 
@@ -212,7 +211,15 @@ class Solver {
     popped_[popped_count_++] = int32_t(slot);
     distance_[slot] = distance;
     saved_price_[slot] = slot_price_[slot];
-    slot_price_[slot] = -kInfinity<T>;
+    set_lane(slot_price_, slot, -kInfinity<T>);
+    set_lane(key_, slot, exit_of(slot));
+  }
+
+  // array[slot] = x by a whole vector: the next scan loads vectors, which a narrower store would make wait.
+  static DETR_HD void set_lane(T* array, int64_t slot, T x) {
+    T* block = array + slot / kLanes<T> * kLanes<T>;
+    const Index<T> here = lane_numbers<T>() == Int<T>(slot % kLanes<T>);
+    store<T>(block, here ? all_lanes(x) : load<T>(block));
   }
 
   // Raises the prices of the tree's rows and lowers those of its columns until the path is tight.

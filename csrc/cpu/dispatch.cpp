@@ -19,12 +19,10 @@ namespace {
 const Kernels* kernels_named(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &portable;
 #if defined(DETR_X86)
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool has_avx2 = __builtin_cpu_supports("avx2");
   if (std::strcmp(name, "avx2") == 0 && has_avx2) return &avx2;
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(name, "avx512") == 0 && has_avx512) return &avx512;
 #endif
   return nullptr;
@@ -49,7 +47,9 @@ class Block {
     if (bytes > size_) {
       std::free(memory_);
       size_ = 0;
-      const size_t rounded = (bytes + bytes / 2 + 63) / 64 * 64;  // grows by more than asked, so that it grows rarely
+      const size_t slack =
+          bytes < (size_t(1) << 20) ? bytes / 2 : 0;  // small blocks grow rarely, large ones waste nothing
+      const size_t rounded = (bytes + slack + 63) / 64 * 64;
       memory_ = std::aligned_alloc(64, rounded);
       if (!memory_) throw std::bad_alloc();
       size_ = rounded;

@@ -76,21 +76,21 @@ DETR_HD CentreBox<T> load_box(const Elements& from, int64_t row) {
   return {box[0], box[1], box[2], box[3]};
 }
 
-// x * scale into a [..] array of any floating type, from `begin` to `end`.
+// x [count] * scale into elements `at` and following of an array of any floating type.
 template <typename T>
-DETR_HD void store_scaled(void* to, ElementType type, int64_t begin, int64_t end, const T* x, T scale) {
+DETR_HD void store_scaled(void* to, ElementType type, int64_t at, int64_t count, const T* x, T scale) {
   switch (type) {
     case ElementType::kFloat64:
-      for (int64_t k = begin; k < end; ++k) static_cast<double*>(to)[k] = x[k] * scale;
+      for (int64_t k = 0; k < count; ++k) static_cast<double*>(to)[at + k] = x[k] * scale;
       break;
     case ElementType::kFloat32:
-      for (int64_t k = begin; k < end; ++k) static_cast<float*>(to)[k] = float(x[k] * scale);
+      for (int64_t k = 0; k < count; ++k) static_cast<float*>(to)[at + k] = float(x[k] * scale);
       break;
     case ElementType::kFloat16:
-      for (int64_t k = begin; k < end; ++k) static_cast<uint16_t*>(to)[k] = to_float16(float(x[k] * scale));
+      for (int64_t k = 0; k < count; ++k) static_cast<uint16_t*>(to)[at + k] = to_float16(float(x[k] * scale));
       break;
     case ElementType::kBFloat16:
-      for (int64_t k = begin; k < end; ++k) static_cast<uint16_t*>(to)[k] = to_bfloat16(float(x[k] * scale));
+      for (int64_t k = 0; k < count; ++k) static_cast<uint16_t*>(to)[at + k] = to_bfloat16(float(x[k] * scale));
       break;
   }
 }

@@ -1,5 +1,5 @@
-// exp and log of SIMD lanes. float: polynomials, at most 2 units in the last place; double: the C library's, lane by
-// lane.
+// exp (of numbers <= 0) and log of SIMD lanes. float: polynomials, at most 2 units in the last place; double: the C
+// library's, lane by lane.
 #pragma once
 
 #include <cmath>
@@ -17,25 +17,25 @@ struct LaneMath<float> {
   using V = Value<float>;
   using I = Index<float>;
 
-  // exp(x) = 2^n exp(r), |r| <= log(2) / 2, Taylor polynomial of degree 7. Infinity above 88.7; 0 below -87, because
-  // denormal numbers are slow and padding lanes hold exp(-infinity).
+  // exp(x) for x <= 0, which is all that softmax and sigmoid need: 2^n exp(r), |r| <= log(2) / 2, Taylor polynomial of
+  // degree 7. 0 below -86, because denormal numbers are slow and padding lanes hold exp(-infinity).
   static DETR_HD V exp(V x) {
-    const V clamped = smaller(larger(x, all_lanes(-87.0f)), all_lanes(89.0f));
-    const V magic = all_lanes(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const V n = (clamped * 1.44269504f + magic) - magic;
+    const V clamped = larger(x, all_lanes(-86.0f));
+    const V shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
+    const V n = shifted - 12582912.0f;
     const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    V p = all_lanes(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    // 2^n in two factors, because 2^128 is infinite but p * 2^128 may not be.
-    const I exponent = __builtin_convertvector(n, I);
-    const I half = exponent >> 1;
-    const V result = p * power_of_two(half) * power_of_two(exponent - half);
-    return x < -87.0f ? V{} : (x == x ? result : x);
+    const V r2 = r * r;
+    // In pairs, because the chain of a nested form is twice as long.
+    const V low = (r + 1.0f) + r2 * (r * (1.0f / 6) + 0.5f);
+    const V high = (r * (1.0f / 120) + 1.0f / 24) + r2 * (r * (1.0f / 5040) + 1.0f / 720);
+    const V p = low + (r2 * r2) * high;
+    I bits, exponent;
+    std::memcpy(&bits, &p, sizeof bits);
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    bits += exponent << 23;  // the integer is in the lowest bits of the sum
+    V result;
+    std::memcpy(&result, &bits, sizeof result);
+    return x < -86.0f ? V{} : (x == x ? result : x);
   }
 
   // log(x) = e log(2) + log(m), m in [sqrt(1/2), sqrt(2)), log(m) = 2 atanh((m - 1) / (m + 1)).
@@ -61,14 +61,6 @@ struct LaneMath<float> {
     const V special =
         x == 0 ? -infinite : (x == infinite ? infinite : all_lanes(std::numeric_limits<float>::quiet_NaN()));
     return (x > 0) & (x < infinite) ? result : special;
-  }
-
- private:
-  static DETR_HD V power_of_two(I n) {
-    const I bits = (n + 127) << 23;
-    V x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__SSE2__)
@@ -116,26 +117,47 @@ DETR_HD Index<T> lane_numbers() {
   return numbers;
 }
 
-// Lane k of the result is lane (k + distance) modulo the number of lanes.
+// Lane k of the result is lane k ^ distance: a permutation that hardware does within 16 bytes for small distances.
 template <int distance, typename V, size_t... k>
-DETR_HD V rotated_lanes(V x, std::index_sequence<k...>) {
-  return __builtin_shufflevector(x, x, ((k + distance) % sizeof...(k))...);
+DETR_HD V exchanged_lanes(V x, std::index_sequence<k...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, x, (k ^ distance)...);
+#else
+  typedef decltype(x < x) Lanes;
+  return __builtin_shuffle(x, Lanes{static_cast<std::remove_reference_t<decltype(Lanes{}[0])>>(k ^ distance)...});
+#endif
 }
 
 template <int distance, typename V>
-DETR_HD V rotated(V x) {
-  return rotated_lanes<distance>(x, std::make_index_sequence<sizeof(V) / sizeof(x[0])>());
+DETR_HD V exchanged(V x) {
+  return exchanged_lanes<distance>(x, std::make_index_sequence<sizeof(V) / sizeof(x[0])>());
 }
 
-// Smallest lane, for values and for indices.
+// All lanes combined in a fixed order, the halves first and neighbours last; every lane holds the result.
+template <typename V, typename F>
+DETR_HD V reduced(V x, F combine) {
+  constexpr int n = sizeof(V) / sizeof(x[0]);
+  if constexpr (n > 8) x = combine(x, exchanged<8>(x));
+  if constexpr (n > 4) x = combine(x, exchanged<4>(x));
+  if constexpr (n > 2) x = combine(x, exchanged<2>(x));
+  return combine(x, exchanged<1>(x));
+}
+
+// Integers in the order of the numbers, because integer minima have a third of the latency; its own inverse.
+DETR_HD Index<float> sortable(Index<float> bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
 template <typename V>
 DETR_HD auto smallest_lane(V x) {
-  constexpr int n = sizeof(V) / sizeof(x[0]);
-  if constexpr (n > 8) x = smaller(x, rotated<8>(x));
-  if constexpr (n > 4) x = smaller(x, rotated<4>(x));
-  if constexpr (n > 2) x = smaller(x, rotated<2>(x));
-  x = smaller(x, rotated<1>(x));
-  return x[0];
+  const auto least = [](auto a, auto b) { return smaller(a, b); };
+  if constexpr (std::is_same_v<V, Value<float>>) {
+    Index<float> bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = sortable(reduced(sortable(bits), least));
+    std::memcpy(&x, &bits, sizeof x);
+    return x[0];
+  } else {
+    return reduced(x, least)[0];
+  }
 }
 
 template <typename V>
@@ -151,12 +173,10 @@ class BlockSum {
   DETR_HD void add(int64_t index, Value<T> x) { parts_[index / kLanes<T> % kParts] += x; }
 
   DETR_HD T total() const {
-    constexpr int n = 64 / sizeof(T);
-    T lanes[n];
-    for (int part = 0; part < kParts; ++part) store<T>(lanes + part * kLanes<T>, parts_[part]);
-    for (int half = n / 2; half > 0; half /= 2)
-      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-    return lanes[0];
+    Value<T> sum = parts_[0];
+    if constexpr (kParts == 2) sum = parts_[0] + parts_[1];
+    if constexpr (kParts == 4) sum = (parts_[0] + parts_[2]) + (parts_[1] + parts_[3]);
+    return reduced(sum, [](Value<T> a, Value<T> b) { return a + b; })[0];
   }
 
  private:

@@ -27,19 +27,22 @@ struct Problem {
         first_query(p * batch.queries) {}
 };
 
-// exp(x - max) of a row in place; returns its sum. Lanes past `classes` must hold -infinity.
 template <typename T>
-DETR_HD T exponentials(T* row, int64_t classes, T* largest) {
+DETR_HD T largest_of_row(const T* row, int64_t classes) {
   Value<T> top = all_lanes(-kInfinity<T>);
   for (int64_t c = 0; c < classes; c += kLanes<T>) top = larger(load<T>(row + c), top);
-  const T max = largest_lane(top);
+  return largest_lane(top);
+}
+
+// exp(x - largest) of a row in place; returns its sum. Lanes past `classes` must hold -infinity.
+template <typename T>
+DETR_HD T exponentials(T* row, int64_t classes, T largest) {
   BlockSum<T> sum;
   for (int64_t c = 0; c < classes; c += kLanes<T>) {
-    const Value<T> e = LaneMath<T>::exp(load<T>(row + c) - max);
+    const Value<T> e = LaneMath<T>::exp(load<T>(row + c) - largest);
     store<T>(row + c, e);
     sum.add(c, e);
   }
-  *largest = max;
   return sum.total();
 }
 
@@ -49,22 +52,33 @@ DETR_HD void load_padded_row(const Elements& from, int64_t row, int64_t width, T
   load_row<T>(from, row, width, to);
 }
 
+// Rows of logits are read in blocks: one loop over all rows hides the latency of each row's reductions.
+constexpr int64_t kRowBlock = 16;
+
+template <typename T>
+int64_t row_block_size(int64_t classes) {
+  return kRowBlock * round_up(classes, kLanes<T>);
+}
+
 // Class terms of one problem into cost [targets, queries].
 template <typename T>
-void class_costs(const CostArguments<T>& a, const Problem& problem, T* row, T* cost) {
-  const int64_t queries = a.batch.queries;
+void class_costs(const CostArguments<T>& a, const Problem& problem, T* rows, T* cost) {
+  const int64_t queries = a.batch.queries, padded = round_up(a.classes, kLanes<T>);
   const int64_t* labels = a.labels + problem.first_target;
   const T nan = std::numeric_limits<T>::quiet_NaN();
-  for (int64_t q = 0; q < queries; ++q) {
-    load_padded_row<T>(a.logits, problem.first_query + q, a.classes, -kInfinity<T>, row);
-    T scale = 1;
-    if (is_softmax(a.kind)) {
-      T largest;
-      scale = -a.class_weight / exponentials<T>(row, a.classes, &largest);
+  T largest[kRowBlock], scale[kRowBlock];
+  for (int64_t start = 0; start < queries; start += kRowBlock) {
+    const int64_t count = std::min(kRowBlock, queries - start);
+    for (int64_t i = 0; i < count; ++i) {
+      load_padded_row<T>(a.logits, problem.first_query + start + i, a.classes, -kInfinity<T>, rows + i * padded);
+      if (is_softmax(a.kind)) largest[i] = largest_of_row(rows + i * padded, a.classes);
     }
+    for (int64_t i = 0; i < count; ++i)
+      scale[i] = is_softmax(a.kind) ? -a.class_weight / exponentials(rows + i * padded, a.classes, largest[i]) : T(1);
     for (int64_t t = 0; t < problem.targets; ++t) {
-      const bool known = labels[t] >= 0 && labels[t] < a.classes;
-      cost[t * queries + q] = known ? row[labels[t]] * scale : nan;
+      const bool known = labels[t] >= 0 && labels[t] < label_limit(a.kind, a.classes);
+      T* out = cost + t * queries + start;
+      for (int64_t i = 0; i < count; ++i) out[i] = known ? rows[i * padded + labels[t]] * scale[i] : nan;
     }
   }
   if (is_softmax(a.kind)) return;
@@ -126,7 +140,7 @@ void problem_cost(const CostArguments<T>& a, const Problem& problem, T* work, T*
 
 template <typename T>
 int64_t cost_work_size(const CostArguments<T>& a) {
-  return 4 * round_up(a.batch.queries, kLanes<T>) + round_up(a.classes, kLanes<T>);
+  return 4 * round_up(a.batch.queries, kLanes<T>) + row_block_size<T>(a.classes);
 }
 
 // Which terms of a forbidden pair are at fault.
@@ -135,12 +149,12 @@ int64_t terms_at_fault(const CostArguments<T>& a, int64_t query, int64_t target,
   int64_t terms = 0;
   const int64_t label = a.labels[target];
   load_padded_row<T>(a.logits, query, a.classes, -kInfinity<T>, row);
-  if (label < 0 || label >= a.classes) {
+  if (label < 0 || label >= label_limit(a.kind, a.classes)) {
     terms |= kLabelTerm;
   } else {
-    T largest, term;
+    T term;
     if (is_softmax(a.kind)) {
-      const T sum = exponentials<T>(row, a.classes, &largest);
+      const T sum = exponentials(row, a.classes, largest_of_row(row, a.classes));
       term = row[label] / sum;
     } else {
       term = focal_cost<ScalarMath<T>>(row[label], a.alpha, a.gamma, a.kind == ClassKind::kFocalStable);

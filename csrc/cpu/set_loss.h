@@ -15,45 +15,67 @@ int64_t largest_of(const T* row, int64_t classes) {
   return best;
 }
 
-// argmax(row) is not the last class, where the first of equal logits counts.
+// The last logit of a row and the largest of the others.
 template <typename T>
-DETR_HD bool is_object(const T* row, int64_t classes) {
-  Value<T> top = all_lanes(-kInfinity<T>);
-  for (int64_t c = 0; c < classes - 1; c += kLanes<T>)
-    top = larger(load_some<T>(row + c, classes - 1 - c, -kInfinity<T>), top);
-  return classes > 1 && largest_lane(top) >= row[classes - 1];
+struct RowPeaks {
+  T others, last;
+
+  // argmax is not the last class, where the first of equal logits counts.
+  DETR_HD bool is_object() const { return others >= last; }
+};
+
+template <typename T>
+DETR_HD RowPeaks<T> peaks_of(T* row, int64_t classes) {
+  const T last = row[classes - 1];
+  row[classes - 1] = -kInfinity<T>;
+  const T others = largest_of_row(row, classes);
+  row[classes - 1] = last;
+  return {others, last};
 }
+
+// Where one query's gradient goes; whole vectors may be written where the next row, written later, is overwritten.
+template <typename T>
+struct GradientRow {
+  T* to;
+  bool may_overrun;
+
+  DETR_HD void put(int64_t c, int64_t classes, Value<T> x) const {
+    if (may_overrun) return store<T>(to + c, x);
+    store_some<T>(to + c, x, classes - c);
+  }
+};
 
 // Weighted cross-entropy of one query. `row` [classes, padded] is overwritten; its gradient is written.
 template <typename T>
-DETR_HD double cross_entropy(const LossArguments<T>& a, T* row, int64_t label, T scale, T* gradient) {
-  T largest;
+DETR_HD double cross_entropy(const LossArguments<T>& a, T* row, T largest, int64_t label, T scale,
+                             GradientRow<T> gradient) {
   const T at_label = row[label];
-  const T sum = exponentials<T>(row, a.classes, &largest);
+  const T sum = exponentials<T>(row, a.classes, largest);
   const T weight = a.class_weight[label] * scale;
   const T by_probability = weight / sum;
-  for (int64_t c = 0; c < a.classes; c += kLanes<T>)
-    store_some<T>(gradient + c, load<T>(row + c) * by_probability, a.classes - c);
-  gradient[label] -= weight;
+  for (int64_t c = 0; c < a.classes; c += kLanes<T>) gradient.put(c, a.classes, load<T>(row + c) * by_probability);
+  gradient.to[label] -= weight;
   return double(a.class_weight[label]) * (double(std::log(sum)) + double(largest) - double(at_label));
 }
 
 // Sigmoid focal loss of one query; `label` is -1 where all classes are negative.
 template <typename T>
-DETR_HD double focal(const LossArguments<T>& a, const T* row, int64_t label, T scale, T* gradient) {
+DETR_HD double focal(const LossArguments<T>& a, const T* row, int64_t label, T scale, GradientRow<T> gradient) {
   BlockSum<T> sum;
   for (int64_t c = 0; c < a.classes; c += kLanes<T>) {
     const auto s = sigmoid_of<LaneMath<T>>(load<T>(row + c));
     const auto term = focal_loss_negative<LaneMath<T>>(s, a.alpha, a.gamma);
-    sum.add(c, lane_numbers<T>() < Int<T>(a.classes - c) ? term.loss : Value<T>{});
-    store_some<T>(gradient + c, term.gradient * scale, a.classes - c);
+    // The label's own term is left out here rather than subtracted later, which would cancel.
+    const Index<T> negative = (lane_numbers<T>() < Int<T>(a.classes - c)) & (lane_numbers<T>() != Int<T>(label - c));
+    sum.add(c, negative ? term.loss : Value<T>{});
+    gradient.put(c, a.classes, term.gradient * scale);
   }
   double loss = sum.total();
   if (label >= 0) {
     const auto s = sigmoid_of<ScalarMath<T>>(row[label]);
     const auto positive = focal_loss_positive<ScalarMath<T>>(s, a.alpha, a.gamma);
-    loss += double(positive.loss) - double(focal_loss_negative<ScalarMath<T>>(s, a.alpha, a.gamma).loss);
-    gradient[label] = positive.gradient * scale;
+    loss += double(positive.loss);
+    gradient.to[label] = positive.gradient * scale;
   }
   return loss;
 }
@@ -64,7 +86,7 @@ void box_losses(CentreBox<T> box, CentreBox<T> goal, T scale, LossSums& sums, T*
   const Corners<T> corners = corners_of(box), goal_corners = corners_of(goal);
   const Overlap<T> overlap = overlap_of(corners, goal_corners);
   sums.box_loss += l1_distance(box, goal);
-  sums.giou_loss += 1 - giou_of(overlap);
+  sums.giou_loss += 1 - giou_or_nan(box, goal);
   const CentreBox<T> giou = giou_loss_gradient(corners, goal_corners, overlap);
   const T l1[4] = {sign(box.cx - goal.cx), sign(box.cy - goal.cy), sign(box.w - goal.w), sign(box.h - goal.h)};
   const T giou_parts[4] = {giou.cx, giou.cy, giou.w, giou.h};
@@ -74,43 +96,62 @@ void box_losses(CentreBox<T> box, CentreBox<T> goal, T scale, LossSums& sums, T*
   }
 }
 
+// Loss of one query, whose logits are in `row`.
 template <typename T>
-void problem_loss(const LossArguments<T>& a, const Problem& problem, int32_t* target_of_query, T* row, LossSums& sums) {
+void query_loss(const LossArguments<T>& a, int64_t at, int64_t target, T* row, RowPeaks<T> peaks, T class_scale,
+                bool may_overrun, LossSums& sums) {
+  sums.objects_predicted += peaks.is_object();
+  T* boxes_gradient = a.boxes_gradient + at * 8;
+  if (target >= 0) {
+    const float* goal = a.target_boxes + 4 * target;
+    sums.matched += 1;
+    sums.correct += largest_of(row, a.classes) == a.labels[target];
+    box_losses<T>(load_box<T>(a.boxes, at), {T(goal[0]), T(goal[1]), T(goal[2]), T(goal[3])}, a.box_scale, sums,
+                  boxes_gradient);
+  } else {
+    for (int k = 0; k < 8; ++k) boxes_gradient[k] = 0;
+  }
+  const GradientRow<T> gradient = {a.logits_gradient + at * a.classes, may_overrun};
+  if (is_softmax(a.kind)) {
+    const int64_t label = target >= 0 ? a.labels[target] : a.classes - 1;
+    sums.class_loss += cross_entropy(a, row, larger(peaks.last, peaks.others), label, class_scale, gradient);
+  } else {
+    sums.class_loss += focal(a, row, target >= 0 ? a.labels[target] : -1, class_scale, gradient);
+  }
+}
+
+template <typename T>
+void problem_loss(const LossArguments<T>& a, const Problem& problem, int32_t* target_of_query, T* rows,
+                  LossSums& sums) {
   const int32_t* query_of_target = a.query_of_target + problem.layer * a.batch.targets + problem.first_target;
-  for (int64_t q = 0; q < a.batch.queries; ++q) target_of_query[q] = -1;
+  const int64_t queries = a.batch.queries, padded = round_up(a.classes, kLanes<T>);
+  for (int64_t q = 0; q < queries; ++q) target_of_query[q] = -1;
   for (int64_t t = 0; t < problem.targets; ++t)
     if (query_of_target[t] >= 0) target_of_query[query_of_target[t]] = int32_t(problem.first_target + t);
 
-  const T class_scale = a.class_scale[problem.layer];
-  const bool softmax = is_softmax(a.kind);
-  for (int64_t q = 0; q < a.batch.queries; ++q) {
-    const int64_t at = problem.first_query + q, target = target_of_query[q];
-    load_padded_row<T>(a.logits, at, a.classes, -kInfinity<T>, row);
-    sums.objects_predicted += is_object(row, a.classes);
-    T* boxes_gradient = a.boxes_gradient + at * 8;
-    if (target >= 0) {
-      const float* goal = a.target_boxes + 4 * target;
-      sums.matched += 1;
-      sums.correct += largest_of(row, a.classes) == a.labels[target];
-      box_losses<T>(load_box<T>(a.boxes, at), {T(goal[0]), T(goal[1]), T(goal[2]), T(goal[3])}, a.box_scale, sums,
-                    boxes_gradient);
-    } else {
-      for (int k = 0; k < 8; ++k) boxes_gradient[k] = 0;
+  RowPeaks<T> peaks[kRowBlock];
+  for (int64_t start = 0; start < queries; start += kRowBlock) {
+    const int64_t count = std::min(kRowBlock, queries - start);
+    for (int64_t i = 0; i < count; ++i) {
+      load_padded_row<T>(a.logits, problem.first_query + start + i, a.classes, -kInfinity<T>, rows + i * padded);
+      peaks[i] = peaks_of(rows + i * padded, a.classes);
     }
-    const int64_t label = target >= 0 ? a.labels[target] : softmax ? a.classes - 1 : -1;
-    T* gradient = a.logits_gradient + at * a.classes;
-    sums.class_loss +=
-        softmax ? cross_entropy(a, row, label, class_scale, gradient) : focal(a, row, label, class_scale, gradient);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t q = start + i;
+      const bool may_overrun = (queries - q - 1) * a.classes >= padded - a.classes;
+      query_loss(a, problem.first_query + q, target_of_query[q], rows + i * padded, peaks[i],
+                 a.class_scale[problem.layer], may_overrun, sums);
+    }
   }
 }
 
 template <typename T>
 void set_loss(const LossArguments<T>& a, int64_t begin, int64_t end) {
-  const int64_t padded = round_up(a.classes, kLanes<T>);
-  T* row = static_cast<T*>(scratch(Scratch::kCost, padded * sizeof(T) + a.batch.queries * sizeof(int32_t)));
+  const int64_t block = row_block_size<T>(a.classes);
+  T* rows = static_cast<T*>(scratch(Scratch::kCost, block * sizeof(T) + a.batch.queries * sizeof(int32_t)));
   for (int64_t p = begin; p < end; ++p) {
     LossSums sums = {};
-    problem_loss(a, Problem(a.batch, p), reinterpret_cast<int32_t*>(row + padded), row, sums);
+    problem_loss(a, Problem(a.batch, p), reinterpret_cast<int32_t*>(rows + block), rows, sums);
     a.sums[p] = sums;
   }
 }
@@ -121,11 +162,12 @@ void scale_gradients(const ScaleArguments<T>& a, int64_t begin, int64_t end) {
   const int64_t classes = a.queries_per_layer ? a.logits_per_layer / a.queries_per_layer : 0;
   for (int64_t q = begin; q < end; ++q) {
     const T* incoming = a.loss_gradient + q / a.queries_per_layer * a.terms;
-    store_scaled<T>(a.scaled_logits, a.logits_type, q * classes, (q + 1) * classes, a.logits_gradient, incoming[0]);
+    const T* logits = a.logits_gradient + q * classes;
+    store_scaled<T>(a.scaled_logits, a.logits_type, q * classes, classes, logits, incoming[0]);
     const T* parts = a.boxes_gradient + q * 8;
     T box[4];
     for (int k = 0; k < 4; ++k) box[k] = incoming[1] * parts[k] + incoming[2] * parts[4 + k];
-    store_scaled<T>(a.scaled_boxes, a.boxes_type, 4 * q, 4 * q + 4, box - 4 * q, T(1));
+    store_scaled<T>(a.scaled_boxes, a.boxes_type, 4 * q, 4, box, T(1));
   }
 }
 

@@ -6,17 +6,28 @@ One op, one file: the function with its contract, the definition in plain PyTorc
 
 from __future__ import annotations
 
+import torch  # noqa: F401  loads the libraries that _C needs, so it comes first
+
+# isort: split
 from detr_fast import _C
-from detr_fast.ops.assignment import assign, assign_reference, batch_linear_assignment
+from detr_fast.ops.assignment import (
+    Assignment,
+    assign,
+    assign_reference,
+    assign_with_prices,
+    batch_linear_assignment,
+)
 from detr_fast.ops.attention import attention, attention_reference
 from detr_fast.ops.matching import match, match_reference
 from detr_fast.ops.matching_cost import ForbiddenPairs, matching_cost, matching_cost_reference
 from detr_fast.ops.set_loss import set_loss, set_loss_reference
 
 __all__ = [
+    "Assignment",
     "ForbiddenPairs",
     "assign",
     "assign_reference",
+    "assign_with_prices",
     "attention",
     "attention_reference",
     "batch_linear_assignment",

@@ -15,13 +15,14 @@ class Assignment(NamedTuple):
     """An assignment with the prices that prove it optimal."""
 
     query_of_target: Tensor  # [L, T] int32, -1 = unmatched
-    target_price: Tensor  # [L, T]
-    query_price: Tensor  # [L, B, Q], never positive
+    target_price: Tensor  # [L, T], not positive in an image with more targets than queries
+    query_price: Tensor  # [L, B, Q], not positive in the other images
 
 
 def assign(
     cost: Tensor,  # [L, T, Q] float32 or float64
     offsets: Tensor,  # [B + 1] int32
+    max_count: int | None = None,
 ) -> Tensor:
     """For each layer and image, the assignment of least total cost: query_of_target ``[L, T]`` int32.
 
@@ -36,22 +37,26 @@ def assign(
     minima, then the lowest target, as `csrc/cpu/assignment.h` defines. With all costs equal, target t gets query t.
     Rounding errors of float32 may choose between totals that differ by less than 4 T eps max|cost|.
 
+    `max_count` is the most targets of one image, as :class:`Targets` knows it on the host: a GPU chooses its kernel by
+    it without reading the offsets back. None is always right.
+
     Raises:
-        RuntimeError: a tensor has another shape or type, or offsets are no segments of the rows (CPU).
+        RuntimeError: a tensor has another shape or type; on the CPU also if offsets are no segments of the rows or
+            `max_count` is too small.
 
     Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE TAES 52(4), 2016.
     """
-    return torch.ops.detr_fast.assign.default(cost, offsets, False)[0]
+    return torch.ops.detr_fast.assign.default(cost, offsets, -1 if max_count is None else max_count, False)[0]
 
 
 def assign_with_prices(cost: Tensor, offsets: Tensor) -> Assignment:
     """As :func:`assign`, with the dual prices u (targets) and v (queries) as a certificate of optimality.
 
     For every pair ``u[t] + v[q] <= cost[t, q]`` up to rounding, with equality where matched, and all prices of an image
-    sum to its total cost. Unmatched targets and queries have price 0. Where pairs are forbidden, the inequality holds
-    among the allowed pairs of targets that could be matched and of those that could not, each for itself.
+    sum to its total cost. Unmatched targets and queries have price 0. In an image where forbidden pairs keep a target
+    from being matched, the equalities and the sum still hold, the inequality need not.
     """
-    return Assignment(*torch.ops.detr_fast.assign.default(cost, offsets, True))
+    return Assignment(*torch.ops.detr_fast.assign.default(cost, offsets, -1, True))
 
 
 def batch_linear_assignment(cost: Tensor) -> Tensor:  # [N, rows, columns] -> [N, rows] int64
@@ -66,9 +71,12 @@ def batch_linear_assignment(cost: Tensor) -> Tensor:  # [N, rows, columns] -> [N
     count, rows, columns = cost.shape
     if cost.dtype not in (torch.float32, torch.float64):
         cost = cost.to(torch.float32 if cost.is_floating_point() else torch.float64)
+    torch._check(
+        count * rows < 2**31, lambda: f"batch_linear_assignment: N * rows must be below 2^31, got {count} * {rows}"
+    )
     offsets = torch.arange(0, count + 1, device=cost.device, dtype=torch.int32) * rows
     flat = cost.reshape(1, count * rows, columns)
-    return assign(flat, offsets).reshape(count, rows).to(torch.int64)
+    return assign(flat, offsets, rows).reshape(count, rows).to(torch.int64)
 
 
 def assign_reference(cost: Tensor, offsets: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ def _solve(cost: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("detr_fast::assign")
-def _(cost: Tensor, offsets: Tensor, prices: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(cost: Tensor, offsets: Tensor, max_count: int, prices: bool) -> tuple[Tensor, Tensor, Tensor]:
     layers, targets, queries = cost.shape
     priced = layers if prices else 0
     return (

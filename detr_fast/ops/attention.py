@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -31,18 +31,20 @@ def attention(
     upper bounds of the segment lengths, known on the host. ``scale`` is ``key width ** -0.5`` unless given. The softmax
     is computed in float32 (float64 for float64 inputs); the result has the type of the inputs. With ``dropout`` each
     weight is dropped with that probability and the others are divided by ``1 - dropout``; the mask is drawn from the
-    default generator of the device, hence reproducible with ``torch.manual_seed``. First derivatives only. The result
-    for one image does not depend on the others.
+    default generator of the device, hence reproducible with ``torch.manual_seed``. First derivatives only. Without
+    dropout the result for one image does not depend on the others. CUDA tensors are computed by the same plain PyTorch
+    operators as here, which read the offsets back.
 
     Raises:
-        ValueError: a shape, type or probability is wrong; the message names the argument.
+        ValueError: a shape, type or probability is wrong, or offsets (CPU) are no segments of the tokens; the message
+            names the argument.
 
     Sources: Vaswani et al., "Attention is all you need", 2017; Dao et al., "FlashAttention", 2022.
     """
     _check(query, key, value, query_offsets, key_offsets, dropout)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    # A seed on the device costs no synchronisation and can be captured in a CUDA graph.
+    # On the device, so that drawing it needs no synchronisation.
     seed = torch.randint(2**63 - 1, (), device=query.device) if dropout > 0 else None
     return torch.ops.detr_fast.attention(
         query, key, value, query_offsets, key_offsets, max_query, max_key, scale, dropout, seed
@@ -95,6 +97,15 @@ def _check(
         raise ValueError(f"attention: dropout must be in [0, 1), got {dropout}")
 
 
+def _check_segments(offsets: Tensor, tokens: int, most: int, name: str) -> None:
+    bounds = offsets.tolist()
+    counts = [end - start for start, end in pairwise(bounds)]
+    if not bounds or bounds[0] != 0 or bounds[-1] > tokens or min(counts, default=0) < 0:
+        raise ValueError(f"attention: {name}_offsets must ascend from 0 to at most {tokens}, got {bounds}")
+    if max(counts, default=0) > most:
+        raise ValueError(f"attention: max_{name} must be at least {max(counts)}, got {most}")
+
+
 _ARGUMENTS = "Tensor query_offsets, Tensor key_offsets, SymInt max_query, SymInt max_key, float scale, float dropout, "
 torch.library.define(
     "detr_fast::attention",
@@ -122,6 +133,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     output = value.new_zeros((*query.shape[:2], value.shape[2]))
     log_sum_exp = torch.full(query.shape[1::-1], -torch.inf, dtype=_wide(query.dtype), device=query.device)
+    _check_segments(query_offsets, len(query), max_query, "query")
+    _check_segments(key_offsets, len(key), max_key, "key")
     for group in _groups(query_offsets, key_offsets):
         q, k, v = group.queries(query), group.keys(key), group.keys(value)
         if fused and dropout == 0 and q.shape[-1] == v.shape[-1]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops.assignment import assign_reference
-from detr_fast.ops.matching_cost import ClassKind, matching_cost_reference
+from detr_fast.ops.matching_cost import ClassKind, ForbiddenPairs, matching_cost_reference
 
 
 def match(
@@ -21,14 +21,19 @@ def match(
     kind: ClassKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
-) -> tuple[Tensor, Tensor]:
-    """query_of_target ``[L, T]`` int32 of least total cost, and a status ``[2]`` int64.
+    *,
+    status: Tensor | None = None,  # [2] int64
+    max_count: int | None = None,
+) -> Tensor:
+    """query_of_target ``[L, T]`` int32 of least total cost.
 
     Equal to :func:`assign` on :func:`matching_cost`, bit for bit; their contracts hold for ties, more targets than
-    queries, forbidden pairs, types and errors. Nothing is differentiated.
+    queries, forbidden pairs and their `status`, types and errors. Nothing is differentiated.
     """
     arguments = (logits, boxes, labels, target_boxes, offsets)
-    return torch.ops.detr_fast.match.default(*arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma)
+    status = ForbiddenPairs.new_status(logits.device) if status is None else status
+    options = (class_weight, box_weight, giou_weight, kind, alpha, gamma)
+    return torch.ops.detr_fast.match.default(*arguments, status, -1 if max_count is None else max_count, *options)
 
 
 def match_reference(
@@ -44,25 +49,12 @@ def match_reference(
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Tensor:
-    """The definition of :func:`match`, without the status."""
+    """The definition of :func:`match`."""
     arguments = (logits, boxes, labels, target_boxes, offsets)
     cost = matching_cost_reference(*arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma)
     return assign_reference(cost, offsets)
 
 
 @torch.library.register_fake("detr_fast::match")
-def _(
-    logits: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    offsets: Tensor,
-    class_weight: float,
-    box_weight: float,
-    giou_weight: float,
-    kind: str,
-    alpha: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
-    query_of_target = logits.new_empty((logits.shape[0], labels.shape[0]), dtype=torch.int32)
-    return query_of_target, logits.new_empty((2,), dtype=torch.int64)
+def _(logits: Tensor, boxes: Tensor, labels: Tensor, *others: object) -> Tensor:
+    return logits.new_empty((logits.shape[0], labels.shape[0]), dtype=torch.int32)

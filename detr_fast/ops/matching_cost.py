@@ -28,6 +28,11 @@ class ForbiddenPairs:
     query: int
     terms: tuple[str, ...]  # "class", "box", "GIoU", "label" (out of range) or "sum" (the terms' sum overflows)
 
+    @staticmethod
+    def new_status(device: torch.device | str | None = None) -> Tensor:
+        """A status for :func:`match` and :func:`matching_cost` to add to: ``[2]`` int64, number and packed position."""
+        return torch.tensor([0, torch.iinfo(torch.int64).max], device=device)
+
     @classmethod
     def read(cls, status: Tensor) -> ForbiddenPairs | None:
         """Reads a status ``[2]`` int64 from its device; None if no pair was forbidden."""
@@ -60,8 +65,11 @@ def matching_cost(
     kind: ClassKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
-) -> tuple[Tensor, Tensor]:
-    """Cost ``[L, T, Q]`` of matching each target with each query of its own image, and a status ``[2]`` int64.
+    *,
+    status: Tensor | None = None,  # [2] int64
+    max_count: int | None = None,
+) -> Tensor:
+    """Cost ``[L, T, Q]`` of matching each target with each query of its own image.
 
     cost = box_weight |box - target|_1 + class_weight class_cost - giou_weight GIoU, with p of the target's label:
 
@@ -71,9 +79,10 @@ def matching_cost(
 
     Logits and boxes may be float16, bfloat16, float32 or float64; everything is computed and returned in float32, or in
     float64 if one of them is. Rows past ``offsets[B]`` are 0. GIoU has no epsilon: it is NaN for two boxes without area
-    and for boxes of negative width or height. A label outside ``[0, C)`` makes its row NaN. Pairs whose cost is NaN,
-    infinite or at least 2^100 (float64: 2^1000) are forbidden to the assignment; the status counts them and packs the
-    position of the first, for :meth:`ForbiddenPairs.read`.
+    and for boxes of negative width or height. A label outside ``[0, C)`` (softmax: ``[0, C - 1)``, the last class being
+    "no object") makes its row NaN. Pairs whose cost is NaN, infinite or at least 2^100 (float64: 2^1000) are forbidden
+    to the assignment: their number is added to a `status` made by :meth:`ForbiddenPairs.new_status`, which also takes
+    the position of the first, for :meth:`ForbiddenPairs.read`. `max_count` as for :func:`assign`.
 
     Raises:
         RuntimeError: a tensor has another shape or type, or `kind` is unknown.
@@ -82,8 +91,10 @@ def matching_cost(
     Zhu et al., "Deformable DETR", ICLR 2021 (focal).
     """
     arguments = (logits, boxes, labels, target_boxes, offsets)
+    status = ForbiddenPairs.new_status(logits.device) if status is None else status
+    options = (class_weight, box_weight, giou_weight, kind, alpha, gamma)
     return torch.ops.detr_fast.matching_cost.default(
-        *arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma
+        *arguments, status, -1 if max_count is None else max_count, *options
     )
 
 
@@ -100,7 +111,7 @@ def matching_cost_reference(
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Tensor:
-    """The definition of :func:`matching_cost`, without the status."""
+    """The definition of :func:`matching_cost`."""
     exact = torch.float64 in (logits.dtype, boxes.dtype)
     dtype = torch.float64 if exact else torch.float32
     logits, boxes, target_boxes = logits.to(dtype), boxes.to(dtype), target_boxes.to(dtype)
@@ -108,7 +119,7 @@ def matching_cost_reference(
     bounds = offsets.tolist()
     for image, (start, end) in enumerate(itertools.pairwise(bounds)):
         label = labels[start:end]
-        known = (label >= 0) & (label < logits.shape[-1])
+        known = (label >= 0) & (label < logits.shape[-1] - (kind == "softmax"))
         x = logits[:, image][..., label.where(known, 0)]  # [L, Q, t]
         if kind == "softmax":
             class_cost = -logits[:, image].softmax(-1)[..., label.where(known, 0)]
@@ -151,19 +162,6 @@ def _high(box: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("detr_fast::matching_cost")
-def _(
-    logits: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    offsets: Tensor,
-    class_weight: float,
-    box_weight: float,
-    giou_weight: float,
-    kind: str,
-    alpha: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, boxes: Tensor, labels: Tensor, *others: object) -> Tensor:
     dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
-    cost = logits.new_empty((logits.shape[0], labels.shape[0], logits.shape[2]), dtype=dtype)
-    return cost, logits.new_empty((2,), dtype=torch.int64)
+    return logits.new_empty((logits.shape[0], labels.shape[0], logits.shape[2]), dtype=dtype)

@@ -36,8 +36,8 @@ def set_loss(
     - cardinality_error: mean over images of |queries whose largest logit is not the last - targets|; no gradient;
     - class_error: percentage of matched pairs whose largest logit is not the label, 100 without pairs; no gradient.
 
-    Differentiable in logits and boxes; the gradient is computed with the losses, backward only scales it. Types as in
-    :func:`matching_cost`; gradients return in the inputs' types.
+    Differentiable once, in logits and boxes; the gradient is computed with the losses, backward only scales it. Types
+    as in :func:`matching_cost`; gradients return in the inputs' types.
 
     Raises:
         RuntimeError: a tensor has another shape or type; on the CPU also a query or label out of range, with its image.
@@ -162,6 +162,8 @@ def _scale_gradients(ctx: Any, loss_gradient: Tensor | None, *_: None) -> tuple[
     unused = (None,) * 9
     if loss_gradient is None:
         return (None, None, *unused)
+    if torch.is_grad_enabled():  # create_graph: the gradient would silently be a constant
+        raise RuntimeError("set_loss: second derivatives are not available; use set_loss_reference for them")
     scaled = torch.ops.detr_fast.set_loss_backward.default(loss_gradient, *ctx.saved_tensors, *ctx.types)
     return (*scaled, *unused)
 

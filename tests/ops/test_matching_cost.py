@@ -18,6 +18,11 @@ TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 WEIGHTS = (1.0, 5.0, 2.0)
 
 
+def with_status(op, *arguments: object) -> tuple[Tensor, Tensor]:
+    status = ForbiddenPairs.new_status()
+    return op(*arguments, status=status), status
+
+
 def in_float64(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (inputs[0].double(), inputs[1].double(), *inputs[2:])
 
@@ -30,10 +35,13 @@ def test_cost_is_the_definition(kind: str, dtype: torch.dtype, instruction_set: 
             continue
         inputs = predictions_and_targets(queries=queries, classes=classes, dtype=dtype)
         for alpha, gamma in ((0.25, 2.0), (0.4, 1.5)):
-            cost, status = matching_cost(*inputs, *WEIGHTS, kind, alpha, gamma)
+            cost, status = with_status(matching_cost, *inputs, *WEIGHTS, kind, alpha, gamma)
             definition = matching_cost_reference(*inputs, *WEIGHTS, kind, alpha, gamma)
             exact = matching_cost_reference(*in_float64(inputs), *WEIGHTS, kind, alpha, gamma)
-            assert_as_accurate(cost, definition, exact)
+            for ours, theirs, best in zip(
+                cost.flatten(0, 1), definition.flatten(0, 1), exact.flatten(0, 1), strict=True
+            ):
+                assert_as_accurate(ours, theirs, best)
             assert ForbiddenPairs.read(status) is None
 
 
@@ -43,7 +51,7 @@ def test_extreme_logits_stay_right(kind: str, instruction_set: str) -> None:
     logits = logits.sign() * torch.tensor([0.0, 8.5, 17.5, 40.0, 88.0, 100.0])[
         torch.arange(logits.numel()) % 6
     ].view_as(logits)
-    cost, status = matching_cost(logits, *rest, *WEIGHTS, kind)
+    cost, status = with_status(matching_cost, logits, *rest, *WEIGHTS, kind)
     exact = matching_cost_reference(logits.double(), *rest, *WEIGHTS, kind)
     definition = matching_cost_reference(logits, *rest, *WEIGHTS, kind)
     assert ForbiddenPairs.read(status) is None
@@ -54,15 +62,15 @@ def test_extreme_logits_stay_right(kind: str, instruction_set: str) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_match_is_assign_of_matching_cost(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
     inputs = predictions_and_targets(counts=(9, 0, 40, 2), queries=33, dtype=dtype)
-    query_of_target, status = match(*inputs, *WEIGHTS, kind)
-    cost, cost_status = matching_cost(*inputs, *WEIGHTS, kind)
+    query_of_target, status = with_status(match, *inputs, *WEIGHTS, kind)
+    cost, cost_status = with_status(matching_cost, *inputs, *WEIGHTS, kind)
     assert torch.equal(query_of_target, assign(cost, inputs[-1]))
     assert torch.equal(status, cost_status)
 
 
 def test_match_is_the_definition() -> None:
     inputs = predictions_and_targets(dtype=torch.float64)
-    assert torch.equal(match(*inputs, *WEIGHTS)[0], match_reference(*inputs, *WEIGHTS))
+    assert torch.equal(match(*inputs, *WEIGHTS), match_reference(*inputs, *WEIGHTS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +79,7 @@ def test_every_instruction_set_gives_the_same_bits(kind: str) -> None:
     best, costs = _C.instruction_set(), []
     for name in ("portable", "avx2", "avx512"):
         if _C.use_instruction_set(name):
-            costs.append(matching_cost(*inputs, *WEIGHTS, kind, 0.3, 1.7)[0])
+            costs.append(matching_cost(*inputs, *WEIGHTS, kind, 0.3, 1.7))
     _C.use_instruction_set(best)
     assert all(torch.equal(cost, costs[0]) for cost in costs)
 
@@ -80,15 +88,15 @@ def test_strided_inputs_are_read_right() -> None:
     logits, boxes, *rest = predictions_and_targets()
     apart = logits.transpose(0, 2).contiguous().transpose(0, 2)
     wide = torch.cat([boxes, boxes], -1)[..., :4]
-    assert torch.equal(matching_cost(apart, wide, *rest)[0], matching_cost(logits, boxes, *rest)[0])
+    assert torch.equal(matching_cost(apart, wide, *rest), matching_cost(logits, boxes, *rest))
 
 
 def test_rows_past_the_last_offset_are_zero() -> None:
     logits, boxes, labels, target_boxes, offsets = predictions_and_targets()
     spare = (torch.cat([labels, labels[:2]]), torch.cat([target_boxes, target_boxes[:2]]), offsets)
-    cost, _ = matching_cost(logits, boxes, *spare)
+    cost = matching_cost(logits, boxes, *spare)
     assert (cost[:, -2:] == 0).all()
-    query_of_target, _ = match(logits, boxes, *spare)
+    query_of_target = match(logits, boxes, *spare)
     assert (query_of_target[:, -2:] == -1).all()
 
 
@@ -97,7 +105,7 @@ FAULTS = {
     "infinite logit": (lambda x: x["logits"][1, 2, 4, 0].fill_(torch.inf), 4, ("class",), 7),
     "NaN box": (lambda x: x["boxes"][1, 2, 4, 3].fill_(torch.nan), 4, ("box", "GIoU"), 7),
     "negative width": (lambda x: x["boxes"][1, 2, 4, 2].fill_(-0.1), 4, ("GIoU",), 7),
-    "label": (lambda x: x["labels"][5].fill_(11), 0, ("label",), 90),
+    "label": (lambda x: x["labels"][5].fill_(10), 0, ("label",), 90),  # "no object" of 11 classes
     "target box": (lambda x: x["target_boxes"][5].fill_(torch.inf), 0, ("box", "GIoU"), 90),
 }
 
@@ -109,14 +117,14 @@ def test_status_names_the_first_forbidden_pair(name: str, instruction_set: str) 
     change, query, terms, count = FAULTS[name]
     change(inputs)
     for op in (match, matching_cost):
-        found = ForbiddenPairs.read(op(*inputs.values())[1])
+        found = ForbiddenPairs.read(with_status(op, *inputs.values())[1])
         assert found is not None
         one_layer = name in ("label", "target box")
         target = 2 if one_layer else 0
         assert (found.layer, found.image, found.target, found.query) == (0 if one_layer else 1, 2, target, query)
         assert (found.terms, found.count) == (terms, count)
         assert f"image 2, target {target}, query {query}" in str(found)
-    rest = match(*inputs.values())[0]
+    rest = match(*inputs.values())
     if one_layer:
         assert (rest[:, 5] == -1).all()
     else:
@@ -127,16 +135,17 @@ def test_status_names_the_first_forbidden_pair(name: str, instruction_set: str) 
 def test_boxes_without_area_on_both_sides_have_no_cost() -> None:
     logits, boxes, labels, target_boxes, offsets = predictions_and_targets()
     target_boxes[5, 2:] = 0
-    assert ForbiddenPairs.read(match(logits, boxes, labels, target_boxes, offsets)[1]) is None
+    assert ForbiddenPairs.read(with_status(match, logits, boxes, labels, target_boxes, offsets)[1]) is None
     boxes[2, 2, 9, 2:] = 0
-    found = ForbiddenPairs.read(match(logits, boxes, labels, target_boxes, offsets)[1])
+    found = ForbiddenPairs.read(with_status(match, logits, boxes, labels, target_boxes, offsets)[1])
     assert found is not None
     assert (found.layer, found.target, found.query, found.terms) == (2, 2, 9, ("GIoU",))
 
 
 @pytest.mark.parametrize("op", ["match", "matching_cost"])
 def test_opcheck(op: str) -> None:
-    arguments = (*predictions_and_targets(), *WEIGHTS, "softmax", 0.25, 2.0)
+    inputs = (*predictions_and_targets(), ForbiddenPairs.new_status(), -1)
+    arguments = (*inputs, *WEIGHTS, "softmax", 0.25, 2.0)
     torch.library.opcheck(getattr(torch.ops.detr_fast, op).default, arguments)
 
 
@@ -146,7 +155,7 @@ def test_compiles_whole_and_not_again_when_targets_change() -> None:
     compiled = torch.compile(match, backend=counter, fullgraph=True, dynamic=True)
     for counts in ((3, 4), (5, 2), (9, 20)):
         inputs = predictions_and_targets(counts)
-        assert torch.equal(compiled(*inputs)[0], match(*inputs)[0])
+        assert torch.equal(compiled(*inputs), match(*inputs))
     assert counter.frame_count == 1
 
 
@@ -168,10 +177,29 @@ def test_errors_name_the_argument() -> None:
         match(logits, boxes, labels, target_boxes, offsets, kind="other")  # type: ignore[arg-type]
 
 
+def test_status_adds_up_and_keeps_the_latest_position() -> None:
+    logits, *rest = predictions_and_targets()
+    status = ForbiddenPairs.new_status()
+    for layer in (2, 1):
+        damaged = logits.clone()
+        damaged[layer, 2, 4] = torch.nan
+        match(damaged, *rest, status=status)
+    match(logits, *rest, status=status)
+    found = ForbiddenPairs.read(status)
+    assert found is not None
+    assert (found.count, found.layer) == (14, 1)
+
+
+def test_limits_of_the_packed_position() -> None:
+    boxes = torch.zeros(300, 1, 1, 4)
+    with pytest.raises(RuntimeError, match="match: at most 255 layers, got 300"):
+        match(boxes, boxes, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), offsets_of([0]))
+
+
 def test_no_targets_and_no_images() -> None:
     inputs = predictions_and_targets(counts=(0, 0))
-    query_of_target, status = match(*inputs)
+    query_of_target, status = with_status(match, *inputs)
     assert query_of_target.shape == (3, 0)
     assert ForbiddenPairs.read(status) is None
     empty = (torch.zeros(2, 0, 5, 4), torch.zeros(2, 0, 5, 4), inputs[2], inputs[3], offsets_of([]))
-    assert matching_cost(*empty)[0].shape == (2, 0, 5)
+    assert matching_cost(*empty).shape == (2, 0, 5)

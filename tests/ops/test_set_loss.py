@@ -18,7 +18,7 @@ TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 def inputs_of(dtype: torch.dtype = torch.float32, kind: str = "softmax", **options) -> tuple[list, dict]:
     logits, boxes, labels, target_boxes, offsets = predictions_and_targets(dtype=dtype, **options)
-    query_of_target, _ = match(logits, boxes, labels, target_boxes, offsets)
+    query_of_target = match(logits, boxes, labels, target_boxes, offsets)
     weight = torch.ones(logits.shape[-1])
     weight[-1], weight[0] = 0.1, 1.7
     num_boxes = torch.tensor(float(max(len(labels), 1)))
@@ -27,11 +27,14 @@ def inputs_of(dtype: torch.dtype = torch.float32, kind: str = "softmax", **optio
 
 
 def losses_and_gradients(function, arguments: list, options: dict, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Each term's losses ``[L]``, then the gradients of each term of its own: their sizes differ by orders."""
     logits, boxes = (x.detach().to(dtype or x.dtype).requires_grad_() for x in arguments[:2])
     losses = function(logits, boxes, *arguments[2:], **options)
-    incoming = torch.linspace(0.5, 2.0, losses.numel(), dtype=losses.dtype).view_as(losses)
-    (losses * incoming).sum().backward()
-    return [losses.detach(), logits.grad, boxes.grad]
+    incoming = torch.linspace(0.5, 2.0, len(losses), dtype=losses.dtype)
+    results = list(losses.detach().unbind(1))
+    for term, inputs in ((0, logits), (1, boxes), (2, boxes)):
+        results += torch.autograd.grad((losses[:, term] * incoming).sum(), inputs, retain_graph=True)
+    return results
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,6 +73,28 @@ def test_extreme_logits(kind: str, magnitude: float, instruction_set: str) -> No
         assert_as_accurate(ours, theirs, best)
 
 
+@pytest.mark.parametrize("classes", [1, 80])
+@pytest.mark.parametrize("logit", [1.0, 1.906, 5.0, 12.0, 30.0])
+def test_confident_positives_keep_their_digits(classes: int, logit: float, instruction_set: str) -> None:
+    """The label's term is far smaller than the negative term of the same logit would be."""
+    arguments, options = inputs_of(torch.float32, "focal", classes=classes, counts=(1,), layers=1, queries=3)
+    arguments[0] = torch.full_like(arguments[0], -9.0)
+    arguments[0][0, 0, arguments[2][0, 0], arguments[3][0]] = logit
+    fast = losses_and_gradients(set_loss, arguments, options)
+    definition = losses_and_gradients(set_loss_reference, arguments, options)
+    exact = losses_and_gradients(set_loss_reference, arguments, options, torch.float64)
+    for ours, theirs, best in zip(fast, definition, exact, strict=True):
+        assert_as_accurate(ours, theirs, best)
+
+
+def test_second_derivatives_are_refused() -> None:
+    arguments, options = inputs_of(torch.float64)
+    logits = arguments[0].requires_grad_()
+    losses = set_loss(logits, *arguments[1:], **options)
+    with pytest.raises(RuntimeError, match="second derivatives are not available"):
+        torch.autograd.grad(losses[:, 0].sum(), logits, create_graph=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str) -> None:
     arguments, options = inputs_of(torch.float64, kind, classes=4, queries=5, layers=2, counts=(2, 3))
@@ -92,6 +117,7 @@ def test_ties_of_box_edges_have_the_gradient_of_the_definition() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
     best, results = _C.instruction_set(), []
     for kind in KINDS:
@@ -148,8 +174,8 @@ def test_errors_name_the_argument() -> None:
         set_loss(*bad_query, **options)
     bad_label = arguments.copy()
     bad_label[3] = arguments[3].clone()
-    bad_label[3][0] = 11
-    with pytest.raises(RuntimeError, match=r"labels must be in \[0, 11\), got 11 for image 0, target 0"):
+    bad_label[3][0] = 10
+    with pytest.raises(RuntimeError, match=r"labels must be in \[0, 10\), got 10 for image 0, target 0"):
         set_loss(*bad_label, **options)
     with pytest.raises(RuntimeError, match=r"class_weight must be \[C\] as logits, got \[3\]"):
         set_loss(*arguments, class_weight=torch.ones(3))
