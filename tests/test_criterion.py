@@ -209,7 +209,8 @@ def test_compiles_whole_and_not_again_when_targets_change() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(total, backend=counter, fullgraph=True, dynamic=True)
-    for counts in ((3, 0, 5), (4, 4, 9), (2, 2, 2)):
+    compilations = []
+    for counts in ((3, 0, 7), (4, 4, 11), (2, 2, 2)):
         predictions, targets = batch(counts)
         gradients = []
         for function in (total, compiled):
@@ -217,7 +218,8 @@ def test_compiles_whole_and_not_again_when_targets_change() -> None:
             function(logits, predictions.boxes, Targets.pack(targets)).backward()
             gradients.append(logits.grad)
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
-    assert counter.frame_count == 1
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
 
 
 def free_port() -> int:
