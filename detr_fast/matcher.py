@@ -82,7 +82,9 @@ class HungarianMatcher(nn.Module):
             return self._match(outputs, targets)
         predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])  # type: ignore[index]
         check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(targets))
-        packed = Targets.pack(targets, self.num_labels(predictions.logits.shape[-1]))  # type: ignore[arg-type]
+        # Values that are wrong make pairs impossible, so that "raise" finds them anyway.
+        num_labels, trust = self.num_labels(predictions.logits.shape[-1]), self._raises(predictions.logits)
+        packed = Targets.pack(targets, num_labels, check_values=not trust)  # type: ignore[arg-type]
         packed = packed.to(predictions.logits.device)
         return pairs_of(self._match(predictions, packed)[0], packed.offsets)
 
@@ -108,11 +110,15 @@ class HungarianMatcher(nn.Module):
             status=self._status,
             max_count=targets.max_count,
         )
-        if self.invalid == "raise" or (self.invalid is None and query_of_target.device.type == "cpu"):
+        if self._raises(query_of_target):
             forbidden = self.report()
             if forbidden is not None:
+                targets.to("cpu").check_values(self.num_labels(predictions.logits.shape[-1]))
                 raise ValueError(f"HungarianMatcher: {forbidden}")
         return query_of_target
+
+    def _raises(self, tensor: Tensor) -> bool:
+        return self.invalid == "raise" or (self.invalid is None and tensor.device.type == "cpu")
 
     def report(self) -> ForbiddenPairs | None:
         """Pairs skipped since the last report, with the position of the latest; None if there were none.

@@ -120,12 +120,13 @@ class Targets:
         targets: Sequence[Mapping[str, Tensor]],
         num_classes: int | None = None,
         names: Sequence[object] | None = None,
+        check_values: bool = True,
     ) -> Targets:
         """Packs a list of dictionaries with ``labels [n]`` and ``boxes [n, 4]``.
 
-        Shapes are always checked; values are checked where that costs no synchronisation, on the CPU: labels must lie
-        in ``[0, num_classes)`` if it is given, box widths and heights must not be negative. ``names`` (image ids or
-        file names) say which image an error is about; without them its index in the batch does.
+        Shapes are always checked; values, unless `check_values` is False, where that costs no synchronisation, on the
+        CPU: see :meth:`check_values`. ``names`` (image ids or file names) say which image an error is about; without
+        them its index in the batch does.
 
         Raises:
             ValueError: an image has malformed labels or boxes; the message names it.
@@ -140,11 +141,16 @@ class Targets:
         offsets = offsets_of(counts)
         packed = cls(labels, boxes, offsets, max(counts, default=0), masks)
         if labels.device.type == "cpu":
-            packed._check_values(num_classes, names)
+            if check_values:
+                packed.check_values(num_classes, names)
             return packed
         return replace(packed, offsets=offsets.to(labels.device, non_blocking=True))
 
-    def _check_values(self, num_classes: int | None, names: Sequence[object] | None) -> None:
+    def check_values(self, num_classes: int | None = None, names: Sequence[object] | None = None) -> None:
+        """Raises a ValueError if a label is not in ``[0, num_classes)`` or a box has a negative side. CPU only.
+
+        The message names the image.
+        """
         # A glance through NumPy costs a tenth of the operators below; NaN does not pass it, and is looked at there.
         labels, sides = self.labels.numpy(), self.boxes.detach().numpy()[:, 2:]
         known = num_classes is None or labels.max(initial=-1) < num_classes

@@ -153,13 +153,13 @@ class Solver {
       store_index<T>(parents + k, closer ? parent : load_index<T>(parents + k));
       least = smaller(relaxed, least);
     }
-    return smallest_lane(least);
+    return smallest_nonnegative_lane(least);
   }
 
   T smallest_key() const {
     Value<T> least = all_lanes(kInfinity<T>);
     for (int64_t k = 0; k < slots_; k += kLanes<T>) least = smaller(load<T>(key_ + k), least);
-    return smallest_lane(least);
+    return smallest_nonnegative_lane(least);
   }
 
   // First slot with this key; one that leads to a free column wins over one that does not.

@@ -160,6 +160,16 @@ DETR_HD auto smallest_lane(V x) {
   }
 }
 
+// The same for numbers of which none is negative: their bits are in order as they are.
+template <typename V>
+DETR_HD auto smallest_nonnegative_lane(V x) {
+  decltype(x < x) bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = reduced(bits, [](auto a, auto b) { return smaller(a, b); });
+  std::memcpy(&x, &bits, sizeof x);
+  return x[0];
+}
+
 template <typename V>
 DETR_HD auto largest_lane(V x) {
   return -smallest_lane(-x);
