@@ -62,7 +62,8 @@ def version_of(package: str) -> str:
 def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
     """MB that a call needs at most, beyond what was in use before it.
 
-    On CUDA what PyTorch allocates; on Linux the growth of the resident set; elsewhere None.
+    On CUDA what PyTorch allocates; on Linux the growth of the resident set; where neither
+    can be measured None.
     """
     gc.collect()
     if device.type == "cuda":
@@ -75,7 +76,10 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float | None
     if sys.platform != "linux":
         return None
     ctypes.CDLL(None).malloc_trim(0)  # so that memory freed before, and still held, does not hide what is needed
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except PermissionError:  # as in some containers
+        return None
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before) / 1e3

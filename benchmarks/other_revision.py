@@ -27,6 +27,15 @@ class OtherRevision:
 
     def __enter__(self) -> OtherRevision:
         self._folder = tempfile.TemporaryDirectory(prefix="detr_fast-")
+        self._worker: subprocess.Popen[str] | None = None
+        try:
+            self._start()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def _start(self) -> None:
         source = Path(self._folder.name) / "source"
         _git("worktree", "add", "--detach", "--quiet", str(source), self.reference)
         self.commit = revision(source)
@@ -46,14 +55,20 @@ class OtherRevision:
             stdout=subprocess.PIPE,
             text=True,
         )
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.kill()
-        self._worker.wait()
-        _git("worktree", "remove", "--force", str(Path(self._folder.name) / "source"))
+        self._remove()
+
+    def _remove(self) -> None:
+        """Leaves neither the process nor the working tree behind."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.wait()
+        source = Path(self._folder.name) / "source"
+        if source.exists():
+            _git("worktree", "remove", "--force", str(source))
         self._folder.cleanup()
 
     def ask(self, **request: Any) -> Any:
@@ -63,6 +78,7 @@ class OtherRevision:
             DisagreementError: the other revision's result is wrong.
             RuntimeError: it cannot run this benchmark.
         """
+        assert self._worker is not None
         assert self._worker.stdin is not None
         assert self._worker.stdout is not None
         self._worker.stdin.write(json.dumps(request) + "\n")

@@ -27,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is not up to date")
     options = parser.parse_args(arguments)
     before = options.document.read_text()
-    after = filled(before, options.results)
+    try:
+        after = filled(before, options.results)
+    except ValueError as error:
+        sys.exit(f"{options.document}: {error}")
     if options.check and after != before:
         sys.exit(f"{options.document}: tables differ from {options.results}; run python -m benchmarks.tables")
     if after != before:

@@ -89,8 +89,8 @@ class Predictions:
                         f"aux_outputs[{index}]: {name} must be {list(outputs[name].shape)} as in the last layer, "
                         f"got {list(layer[name].shape)}"
                     )
-        logits = torch.stack([layer["pred_logits"] for layer in layers])
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers])
+        logits = _stacked([layer["pred_logits"] for layer in layers])
+        boxes = _stacked([layer["pred_boxes"] for layer in layers])
         return cls(logits, boxes, outputs.get("pred_masks"))
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,6 +102,30 @@ class Predictions:
             pairs = zip(self.logits[:-1], self.boxes[:-1], strict=True)
             outputs["aux_outputs"] = [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in pairs]
         return outputs
+
+
+def _stacked(layers: Sequence[Tensor]) -> Tensor:  # L x [...] -> [L, ...]
+    """``torch.stack``; where the layers are all slices of one tensor, as decoders return them, that tensor itself.
+
+    That saves the copy, and in backward a tensor of the full size for each layer.
+    """
+    base = layers[0]._base
+    if torch.compiler.is_compiling() or base is None or base.shape != (len(layers), *layers[0].shape):
+        return torch.stack(list(layers))
+    for index, layer in enumerate(layers):
+        is_slice = (
+            layer._base is base
+            and layer.storage_offset() == base.storage_offset() + index * base.stride(0)
+            and layer.stride() == base.stride()[1:]
+            and layer.dtype == base.dtype
+        )
+        # A detached slice, or one whose own gradient is looked at, must stay itself.
+        is_transparent = (
+            layer.requires_grad == base.requires_grad and not layer.retains_grad and not layer._backward_hooks
+        )
+        if not (is_slice and is_transparent):
+            return torch.stack(list(layers))
+    return base
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,42 @@ def test_predictions_as_dictionary_and_back() -> None:
     assert "aux_outputs" not in Predictions(predictions.logits[:1], predictions.boxes[:1]).as_dict()
 
 
+def test_slices_of_one_tensor_are_not_copied() -> None:
+    base = (torch.rand(3, 2, 5, 4, requires_grad=True) * 2, torch.rand(3, 2, 5, 4, requires_grad=True) * 2)
+    again = Predictions.from_dict(Predictions(*base).as_dict())
+    assert again.logits is base[0]
+    assert again.boxes is base[1]
+
+
+@pytest.mark.parametrize("change", ["detach", "order", "retain_grad", "hook", "part"])
+def test_other_slices_are_stacked_with_their_own_gradient(change: str) -> None:
+    leaf = torch.rand(3, 2, 5, 4, requires_grad=True)
+    base = leaf * 1
+    layers = list(base.unbind())
+    if change == "detach":
+        layers[1] = layers[1].detach()
+    elif change == "order":
+        layers[0], layers[1] = layers[1], layers[0]
+    elif change == "retain_grad":
+        layers[1].retain_grad()
+    elif change == "hook":
+        layers[1].register_hook(lambda gradient: gradient * 0)
+    else:
+        layers = layers[:2]
+    outputs = {"pred_logits": layers[-1], "pred_boxes": layers[-1]}
+    outputs["aux_outputs"] = [{"pred_logits": x, "pred_boxes": x} for x in layers[:-1]]
+    stacked = Predictions.from_dict(outputs).logits
+    assert torch.equal(stacked, torch.stack(layers))
+    stacked.sum().backward()
+    expected = torch.ones(3, 2, 5, 4)
+    if change in ("detach", "hook"):
+        expected[1] = 0
+    elif change == "part":
+        expected[2] = 0
+    assert torch.equal(leaf.grad, expected)
+    assert (change == "retain_grad") == (layers[1].retains_grad and layers[1].grad is not None)
+
+
 def test_offsets() -> None:
     assert offsets_of([2, 0, 3]).tolist() == [0, 2, 2, 5]
     assert offsets_of([]).tolist() == [0]

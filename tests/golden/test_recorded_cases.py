@@ -17,8 +17,13 @@ CHECKER = ROOT.parent / "shared" / "golden" / "check.py"
 @pytest.mark.skipif(not CHECKER.exists(), reason="the recordings are not part of the repository")
 @pytest.mark.parametrize(
     ("groups", "pattern"),
-    [(["models", "losses"], "*/detr*"), (["boxes", "postprocess"], "*")],
-    ids=["DETR", "boxes and post-processing"],
+    [
+        (["models", "losses"], "*/detr*"),
+        (["boxes", "postprocess"], "*"),
+        (["data"], "*/coco_targets"),
+        (["data"], "*/eval_transform"),
+        (["evaluation"], "*/coco_numbers"),
+    ],
 )
 def test_recorded_cases(groups: list[str], pattern: str) -> None:
     command = [sys.executable, str(CHECKER), str(HERE / "adapter.py"), "--only", *groups, "--match", pattern]
