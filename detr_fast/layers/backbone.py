@@ -173,6 +173,8 @@ class Backbone(nn.Module):
     def __init__(self, body: ResNet, train: bool = True, pretrained: bool = True) -> None:
         super().__init__()
         self.body = body
+        self.is_trained = train
+        self.train()
         for name, parameter in body.named_parameters():
             is_early = name.startswith(("conv1", "bn1", "layer1"))
             parameter.requires_grad_(train and not (pretrained and is_early))
@@ -180,6 +182,12 @@ class Backbone(nn.Module):
     @property
     def channels(self) -> tuple[int, ...]:
         return self.body.channels
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Sets the mode; a body that is not trained stays in evaluation mode, so that its norms do not drift."""
+        super().train(mode)
+        self.body.train(mode and self.is_trained)
+        return self
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         return self.body(pixels)

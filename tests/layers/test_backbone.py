@@ -133,6 +133,19 @@ def test_what_is_not_trained(train: bool, pretrained: bool, still: list[str]) ->
     assert sorted(parts) == still
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_body_that_is_not_trained_keeps_its_statistics(train: bool) -> None:
+    backbone = Backbone(ResNet(BasicBlock, (1, 1, 1, 1), width=4, norm=nn.BatchNorm2d), train, pretrained=False)
+    whole = nn.Sequential(backbone)
+    for mode in (backbone.body.training, whole.train().training and backbone.body.training):
+        assert mode is train
+    before = backbone.body.bn1.running_mean.clone()
+    whole(torch.randn(2, 3, 64, 64))
+    assert torch.equal(before, backbone.body.bn1.running_mean) is not train
+    whole.eval()
+    assert not backbone.body.training
+
+
 def test_batch_norm_counters_of_a_checkpoint_are_dropped() -> None:
     network = resnet("resnet18")
     state = {**network.state_dict(), "bn1.num_batches_tracked": torch.tensor(3)}
