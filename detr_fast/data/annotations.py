@@ -125,12 +125,17 @@ def _fault_of_annotation(
         return Fault(
             "malformed annotation", name, f"annotation must have an integer 'image_id', got {_short(annotation)}"
         )
-    where = f"annotation {annotation.get('id')}"
+    where = f"annotation {_short(annotation.get('id'))}"
     image = images.get(annotation["image_id"])
     if image is None:
         return Fault(
             "unknown image", name, f"{where} belongs to image id {annotation['image_id']}, which is not listed"
         )
+    if not isinstance(annotation.get("id", 0), (int, float, str, type(None))):
+        return Fault("malformed annotation", image["file_name"], f"{where}: id must be an integer")
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        crowd = _short(annotation["iscrowd"])
+        return Fault("malformed annotation", image["file_name"], f"{where}: iscrowd must be 0 or 1, got {crowd}")
     box: Any = annotation.get("bbox")
     file, category = image["file_name"], annotation.get("category_id")
     if not _is_id(category) or category not in categories:

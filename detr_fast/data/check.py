@@ -99,8 +99,14 @@ def check_data(
     """
     if split is not None or annotations is not None:
         found = {split or "data": find_split(path, split or "data", images=images, annotations=annotations)}
-    else:
-        found = find_splits(path)
+        return check_splits(path, found)
+    found = find_splits(path)
+    report = check_splits(path, found)
+    return replace(report, notes=(*report.notes, *_without_images(Path(path), found)))
+
+
+def check_splits(path: str | Path, found: Mapping[str, CocoPaths]) -> DataReport:
+    """The same of splits that lie anywhere; ``path`` is what the report calls the data set."""
     reports: list[SplitReport] = []
     faults: list[Fault] = []
     for name, paths in found.items():
@@ -113,8 +119,6 @@ def check_data(
     faults += _differing_categories(reports)
     notes = [f"{report.name}: {note}" for report in reports for note in report.notes]
     notes += _shared_images(reports)
-    if split is None and annotations is None:
-        notes += _without_images(Path(path), found)
     return DataReport(str(path), tuple(reports), tuple(faults), tuple(notes))
 
 

@@ -58,6 +58,20 @@ def plant_faults(write_split: Any, entry: Any) -> Path:
     return paths.images.parent
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id": [1]}, "annotation [1]: id must be an integer"),
+        ({"iscrowd": "0"}, "annotation 1: iscrowd must be 0 or 1, got '0'"),
+        ({"iscrowd": 2}, "annotation 1: iscrowd must be 0 or 1, got 2"),
+        ({"iscrowd": [0]}, "annotation 1: iscrowd must be 0 or 1, got [0]"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_faults(write_split: Any, entry: Any, change: dict[str, Any], said: str) -> None:
+    report = check_data(write_split([{**entry(1, 1, [1, 1, 9, 9]), **change}]).images.parent)
+    assert [(fault.kind, str(fault)) for fault in report.faults] == [("malformed annotation", f"train/1.png: {said}")]
+
+
 EXPECTED = (
     ("duplicate image id", "train/again.png: has id 1, as has 1.png"),
     ("malformed image entry", "train/instances_train.json: image entry must have"),
