@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+# What reading a file of tensors raises if it is cut off, empty or none.
+DAMAGE = (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 # Names of transformers' DETR (4.x and 5.x) and of its ResNet, rewritten in this order into the published ones.
 _HUGGING_FACE = tuple(
@@ -45,6 +50,17 @@ _HUGGING_FACE = tuple(
 )
 
 
+class ClassesDiffer(ValueError):
+    """Weights are of a model that tells another number of classes apart."""
+
+    def __init__(self, path: str | Path, found: int, expected: int) -> None:
+        super().__init__(
+            f"{path} tells {found} classes apart, the model {expected}: build the model with num_classes={found}, "
+            "or load with new_classes=True (--model.new_classes=true) to start with a new class layer"
+        )
+        self.found, self.expected = found, expected
+
+
 def load_weights(model: nn.Module, path: str | Path, *, new_classes: bool = False) -> None:
     """Fills a model from a file: a state dict, or a dictionary that holds one under "model".
 
@@ -55,6 +71,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classes: bool = Fals
 
     Raises:
         FileNotFoundError: there is no such file.
+        ClassesDiffer: the file is of a model of another number of classes.
         ValueError: the file holds no weights, or those of another model; the message says how they differ.
     """
     state = read_state(path)
@@ -67,10 +84,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classes: bool = Fals
         state = {**state, **{name: value for name, value in own.items() if name.startswith(head)}}
     found, expected = (len(x.get(f"{head}bias", ())) - 1 for x in (state, own))
     if found != expected and f"{head}bias" in state:
-        raise ValueError(
-            f"{path} tells {found} classes apart, the model {expected}: build the model with num_classes={found}, "
-            "or load with new_classes=True to start with a new class layer"
-        )
+        raise ClassesDiffer(path, found, expected)
     _load(model, state, path)
 
 
@@ -86,12 +100,30 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
     _load(model.get_submodule(f"{prefix}backbone.0.body"), state, path)
 
 
+def count_classes(state: Mapping[str, Tensor]) -> int:
+    """Classes that the weights tell apart, without "no object".
+
+    Raises:
+        ValueError: there is no class layer among them.
+    """
+    for name in ("class_embed.bias", "class_labels_classifier.bias"):
+        for prefix in ("", "detr."):
+            if prefix + name in state:
+                return len(state[prefix + name]) - 1
+    raise ValueError(f"weights must hold a class layer of DETR (class_embed.bias), found {_first(list(state))}")
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU, without the prefix that DistributedDataParallel adds."""
+    """The state dict in a file, on the CPU, without the prefix that DistributedDataParallel adds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds something else.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    content = _read_file(path)
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -100,13 +132,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-def _unpickle(path: Path) -> object:
+def _read_file(path: Path) -> Any:
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # The published training script stores its arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} cannot be read as a file of tensors: {error}") from error
+    except (*DAMAGE, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from error
 
 
 def _describe(content: object) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from detr_fast.models import build_model
-from detr_fast.models.checkpoint import from_hugging_face, load_backbone, load_weights
+from detr_fast.models.checkpoint import count_classes, from_hugging_face, load_backbone, load_weights
 from detr_fast.models.detr import detr
 
 SMALL = {"num_queries": 5, "hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16}
@@ -145,6 +145,25 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read as a file of tensors"):
         load_weights(tiny(1), path)
     assert not Trap.sprung
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 7, 1000])
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path, suffix: str, kept: int) -> None:
+    path = tmp_path / f"weights{suffix}"
+    state = {name: value.contiguous() for name, value in tiny(1).state_dict().items()}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"weights\{suffix} cannot be read as a file of tensors: \S") as caught:
+        load_weights(tiny(1), path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["class_embed.bias", "detr.class_embed.bias", "class_labels_classifier.bias"])
+def test_classes_are_counted(name: str) -> None:
+    assert count_classes({name: torch.zeros(8)}) == 7
+    with pytest.raises(ValueError, match="must hold a class layer"):
+        count_classes({"fc.bias": torch.zeros(8)})
 
 
 class Trap:
