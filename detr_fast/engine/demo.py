@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from detr_fast.data.shapes import write_shapes
+from detr_fast.data.shapes import DESCRIPTION, write_shapes
 from detr_fast.engine.config import Config
 from detr_fast.engine.errors import ConfigError, Interrupted
 from detr_fast.engine.log import duration
@@ -51,9 +51,35 @@ def _shapes(folder: Path) -> Path:
     """The generated data set; one of an earlier version is replaced."""
     try:
         return write_shapes(folder, COUNTS, IMAGE_SIZE, max_objects=MAX_OBJECTS, extent=EXTENT)
-    except FileExistsError:
+    except (FileExistsError, ValueError):  # ValueError: half of it is damaged
         shutil.rmtree(folder)
         return write_shapes(folder, COUNTS, IMAGE_SIZE, max_objects=MAX_OBJECTS, extent=EXTENT)
+
+
+def _check_ours(output: Path) -> None:
+    """Only what an earlier demonstration wrote may be replaced."""
+    shapes, run = output / "shapes", output / "run"
+    info = _read(shapes / "annotations" / "instances_train.json").get("info")
+    is_ours = {
+        shapes: isinstance(info, dict) and info.get("description") == DESCRIPTION,
+        run: _read(run / "config.json").get("data", {}).get("path") == str(shapes),
+    }
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output must be a folder, {output} is a file")
+    if output.exists() and any(output.iterdir()) and not shapes.exists():
+        raise ConfigError(f"--output: {output} holds something else; choose another folder")
+    for folder, ours in is_ours.items():
+        if folder.exists() and not ours and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ConfigError(f"--output: {folder} is not of an earlier demonstration; choose another folder")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def demo(output: Path, overrides: Iterable[tuple[str, Any]] = ()) -> int:
@@ -64,8 +90,7 @@ def demo(output: Path, overrides: Iterable[tuple[str, Any]] = ()) -> int:
     started = time.monotonic()
     output = output.absolute()
     run = output / "run"
-    if output.exists() and any(output.iterdir()) and not (output / "shapes").exists():
-        raise ConfigError(f"--output: {output} holds something else; choose another folder")
+    _check_ours(output)
     output.mkdir(parents=True, exist_ok=True)
     if run.exists():
         shutil.rmtree(run)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from detr_fast.data.shapes import DESCRIPTION
 from detr_fast.engine import demo as module
 from detr_fast.engine.config import Config
 from detr_fast.engine.demo import SETTINGS, demo
@@ -36,6 +38,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds something else"):
         demo(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["shapes", "run"])
+def test_a_folder_of_the_user_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "shapes" / "annotations").mkdir(parents=True)
+    info = {"description": "mine" if name == "shapes" else DESCRIPTION}
+    (tmp_path / "shapes" / "annotations" / "instances_train.json").write_text(json.dumps({"info": info}))
+    (tmp_path / name / "mine.txt").parent.mkdir(exist_ok=True)
+    (tmp_path / name / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=f"{name} is not of an earlier demonstration"):
+        demo(tmp_path)
+    assert (tmp_path / name / "mine.txt").read_text() == "precious"
 
 
 def test_the_settings_are_valid() -> None:
