@@ -11,11 +11,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from detr_fast.engine.config import Config, describe_settings, nearest_setting, read_settings, split_overrides
+from detr_fast.engine.config import Config, nearest_setting, read_settings, split_overrides
 from detr_fast.engine.errors import ConfigError, EngineError, Interrupted
 
 if TYPE_CHECKING:
@@ -49,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line, as all others are."""
+    """Errors are one line, as all others are; what is slow to put together is only asked for by ``--help``."""
+
+    more: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        return super().format_help() + (self.more() if self.more is not None else "")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -82,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "Summarises a data set and lists every fault.",
         "example:\n  detr-fast check-data DATA",
     )
-    check.add_argument("path", metavar="DATA", type=Path, help="folder of a COCO-format data set")
+    check.add_argument("path", metavar="DATA", nargs="?", help="folder of a COCO-format data set; see train for data.*")
     demo = command(
         "demo",
         _demo,
@@ -106,12 +111,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(command: Any) -> None:
     example = (
         "examples:\n"
-        "  detr-fast train DATA --train.epochs=50 --train.batch-size=4 --train.output=runs/first\n"
+        "  detr-fast train DATA --model.name=detr_small --train.epochs=50 --train.output=runs/first\n"
+        "  detr-fast train DATA --model.weights=detr-r50-e632da11.pth --model.new-classes=true\n"
         "  detr-fast train --resume runs/first\n"
-        "  torchrun --nproc-per-node 2 -m detr_fast train DATA --train.output=runs/two\n\n"
-        "settings, each as --section.name=value (dashes for underscores, lists separated by commas):\n\n"
+        "  torchrun --nproc-per-node 2 -m detr_fast train DATA --model.name=detr_small --train.output=runs/two"
     )
-    train = command("train", _train, "Trains on a COCO-format data set.", example + describe_settings())
+    train = command("train", _train, "Trains on a COCO-format data set.", example)
+    train.more = _help_of_settings
     train.add_argument("path", metavar="DATA", nargs="?", help="folder of a COCO-format data set; sets data.path")
     train.add_argument("--config", metavar="FILE", type=Path, help="settings from a .json or .toml file")
     train.add_argument(
@@ -122,6 +128,13 @@ def _add_train(command: Any) -> None:
         help="continue a run's folder or checkpoint bit for bit; without a value that of train.output, or the "
         "latest in runs; auto: continue train.output if there is something to continue, else start",
     )
+
+
+def _help_of_settings() -> str:
+    from detr_fast.engine.describe import describe_models, describe_settings
+
+    lead = "\nsettings, each as --section.name=value (dashes for underscores, lists separated by commas):\n\n"
+    return f"{lead}{describe_settings()}\n\n{describe_models()}\n"
 
 
 def _add_evaluate(command: Any) -> None:
@@ -171,7 +184,8 @@ def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
         config = Config()
     else:
         resume = find_checkpoint(resume)
-        config = settings_of_run(resume)
+        # The folder it lies in now; a run that was copied or moved leaves the one it came from alone.
+        config = settings_of_run(resume).with_overrides({"train.output": str(resume.parent.absolute())})
     if arguments.config:
         config = config.with_overrides(_flat(read_settings(arguments.config)))
     config = config.with_overrides(given)
@@ -207,7 +221,11 @@ def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     # Where the training data lay is no property of the model.
     forgotten = [(f"data.{name}_{what}", "") for name in ("train", "evaluation") for what in ("images", "annotations")]
     config = config.with_overrides([*forgotten, ("data.path", arguments.path), *overrides, *split])
-    with processes(config.train.device) as joined:
+    for file in (arguments.json, arguments.detections):
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    # Where it was trained is no property of the model either.
+    with processes(_device(overrides)) as joined:
         detector.to(joined.device)
         dataset = evaluation_dataset(config.data, detector.categories)
         found = evaluate(
@@ -231,7 +249,11 @@ def _load(checkpoint: Path, overrides: Overrides) -> tuple[Detector, Config]:
     """A detector and the settings it was trained with; of a published checkpoint those that the command line gives."""
     from detr_fast.engine.predict import load_detector
 
-    return load_detector(checkpoint, overrides, dict(overrides).get("train.device", "auto"))
+    return load_detector(checkpoint, overrides, _device(overrides))
+
+
+def _device(overrides: Overrides) -> str:
+    return dict(overrides).get("train.device", "auto")
 
 
 def _predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -265,9 +287,29 @@ def _predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _check_data(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from detr_fast.data.check import check_data
+    from detr_fast.data.check import check_data, check_splits
+    from detr_fast.data.layouts import find_split
 
-    report = check_data(arguments.path)
+    _accept_settings("check-data", overrides, "data.")
+    data = Config().with_overrides(overrides).data
+    path = arguments.path or data.path or None
+    names = ("train_split", "evaluation_split", "train_images", "train_annotations")
+    layout = {f"data.{name}" for name in (*names, "evaluation_images", "evaluation_annotations")}
+    if not layout & dict(overrides).keys():
+        if path is None:
+            raise ConfigError("check-data needs the folder of a data set: detr-fast check-data DATA")
+        report = check_data(path)
+    else:
+        splits = {
+            data.train_split: (data.train_images, data.train_annotations),
+            data.evaluation_split: (data.evaluation_images, data.evaluation_annotations),
+        }
+        found = {
+            split: find_split(path, split, images=images or None, annotations=annotations or None)
+            for split, (images, annotations) in splits.items()
+            if path is not None or annotations
+        }
+        report = check_splits(path or ", ".join(str(paths.annotations) for paths in found.values()), found)
     print(report)
     return 1 if report.faults else 0
 
@@ -278,9 +320,18 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return demo(arguments.output, overrides)
 
 
+def _accept_settings(command: str, overrides: Overrides, section: str | None = None) -> None:
+    """Refuses settings that a command would not look at."""
+    for key, _ in overrides:
+        if section is None or not key.startswith(section):
+            accepted = "no settings" if section is None else f"settings {section}NAME only"
+            raise ConfigError(f"{command} takes {accepted}, got --{key}")
+
+
 def _report(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.engine.report import write_report
 
+    _accept_settings("report", overrides)
     path = arguments.output or arguments.folder / "report.html"
     print(write_report(arguments.folder, path, arguments.data))
     return 0
@@ -289,6 +340,7 @@ def _report(arguments: argparse.Namespace, overrides: Overrides) -> int:
 def _version(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from importlib.metadata import PackageNotFoundError, version
 
+    _accept_settings("version", overrides)
     try:
         print(f"detr_fast {version('detr_fast')}")
     except PackageNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from detr_fast.__main__ import main
 from detr_fast.data.shapes import write_shapes
-from detr_fast.engine.checkpoint import load_checkpoint
+from detr_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 
 SMALLEST = [
     *("--model.name=detr_tiny", "--model.num-queries=8", "--model.hidden-dim=32", "--model.nheads=2"),
@@ -89,6 +91,38 @@ def test_check_data(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rectangle" in capsys.readouterr().out
 
 
+def test_check_data_of_an_unusual_layout(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").symlink_to(shapes / "val")
+    (tmp_path / "truth.json").symlink_to(shapes / "annotations" / "instances_val.json")
+    layout = [f"--data.train-images={tmp_path / 'photos'}", f"--data.train-annotations={tmp_path / 'truth.json'}"]
+    assert main(["check-data", *layout]) == 0
+    said = capsys.readouterr().out
+    assert "photos" in said
+    assert "no faults" in said
+
+
+def test_a_copied_run_continues_where_it_is(shapes: Path, run: Path, tmp_path: Path) -> None:
+    before = (run / "last.pth").read_bytes()
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+    epochs = load_checkpoint(run / "last.pth")["place"]["epoch"] + 1
+    assert main(["train", "--resume", str(copied), f"--train.epochs={epochs}"]) == 0
+    assert (run / "last.pth").read_bytes() == before
+    assert load_checkpoint(copied / "last.pth")["place"]["epoch"] == epochs
+    assert json.loads((copied / "config.json").read_text())["train"]["output"] == str(copied)
+
+
+def test_evaluate_takes_the_device_that_is_there(shapes: Path, run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    state = load_checkpoint(run / "last.pth")
+    state["config"]["train"]["device"] = "cpu" if torch.cuda.is_available() else "cuda"
+    save_checkpoint(copied / "last.pth", {name: value for name, value in state.items() if name != "format"})
+    numbers = tmp_path / "new" / "folder" / "numbers.json"
+    assert main(["evaluate", str(copied), str(shapes), "--json", str(numbers)]) == 0
+    assert json.loads(numbers.read_text())["images"] == 5
+
+
 def test_unreadable_images_stop_or_are_skipped(
     shapes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,17 +151,31 @@ def test_unreadable_images_stop_or_are_skipped(
         (["predict"], "the following arguments are required: CHECKPOINT, IMAGES"),
         (["trian"], "invalid choice: 'trian'"),
         (["check-data", "nothing/here"], "nothing/here"),
+        (["check-data"], "detr-fast check-data DATA"),
+        (["check-data", "DATA", "--data.pth=x"], "no setting is called data.pth; did you mean data.path?"),
+        (["check-data", "DATA", "--train.epochs=3"], "check-data takes settings data.NAME only, got --train.epochs"),
+        (["report", "RUN", "--train.epochs=3"], "report takes no settings, got --train.epochs"),
+        (["version", "--train.epochs=3"], "version takes no settings, got --train.epochs"),
+        (["train", "DATA", "--model.name=detr_small_panoptic"], "model.name must be a detection model"),
     ],
 )
 def test_an_error_of_the_user_is_one_line(
-    command: list[str], said: str, shapes: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    said: str,
+    shapes: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     given = [word.replace("DATA", str(shapes)).replace("RUN", str(run)) for word in command]
     assert main(given) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("detr-fast: error: ")
     assert said in printed
     assert printed.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_traceback_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +198,10 @@ def test_categories_of_another_data_set_are_refused(
 
 def test_help_of_train_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
-    assert "--optimizer.backbone_learning_rate=1e-05" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--optimizer.backbone_learning_rate=1e-05" in said
+    assert "--model.num_queries=100" in said
+    assert "detr_resnet101_dc5" in said
 
 
 def test_settings_come_from_a_file_and_the_command_line_wins(shapes: Path, tmp_path: Path) -> None:

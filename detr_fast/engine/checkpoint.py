@@ -5,6 +5,7 @@ A file is either complete or not there: it is written under another name, flushe
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import random
@@ -78,7 +79,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Published checkpoints hold the arguments of their training script; they must be told from damaged files.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error

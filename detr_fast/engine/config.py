@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from detr_fast.engine.errors import ConfigError
-from detr_fast.engine.values import FALSE_WORDS, TRUE_WORDS, as_json, as_text, convert, name_of_type
+from detr_fast.engine.values import FALSE_WORDS, TRUE_WORDS, as_json, as_text, convert
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -48,7 +47,12 @@ class DataConfig:
         (), "smallest and largest side of the crop (empty: 0.48 and 3/4 of the scale)"
     )
     flip: bool = setting(True, "half the time: mirror left and right")
-    evaluation_size: int = setting(800, "shorter side in evaluation and prediction")
+    evaluation_size: int = setting(0, "shorter side in evaluation and prediction (0: the largest of data.scales)")
+
+    @property
+    def shorter_side(self) -> int:
+        """Of images in evaluation and prediction."""
+        return self.evaluation_size or max(self.scales)
 
 
 @dataclass
@@ -57,6 +61,7 @@ class ModelConfig:
 
     name: str = setting("detr_resnet50", "name in detr_fast.models.MODELS")
     weights: str = setting("", "checkpoint to start from, published or own")
+    new_classes: bool = setting(False, "model.weights know other classes: start with a new class layer")
     backbone_weights: str = setting("", "ImageNet ResNet to start from, torchvision's or timm's names")
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -177,10 +182,12 @@ class Config:
     def check(self) -> None:
         """What a type does not express: ranges, and names of models."""
         _options_of_model(self.model.name)
-        at_least = {
-            1: ("train.epochs", "train.batch_size", "train.log_steps", "evaluate.batch_size", "data.evaluation_size"),
+        at_least: dict[int, tuple[str, ...]] = {
+            1: ("train.epochs", "train.batch_size", "train.log_steps", "evaluate.batch_size"),
             0: ("data.workers", "data.max_size", "optimizer.learning_rate", "optimizer.backbone_learning_rate"),
         }
+        at_least[0] += ("data.evaluation_size", "train.seed", "loss.ce", "loss.bbox", "loss.giou")
+        at_least[0] += ("matcher.cost_class", "matcher.cost_bbox", "matcher.cost_giou")
         at_least[0] += ("optimizer.weight_decay", "optimizer.clip_norm", "schedule.drop_epoch", "schedule.drop_factor")
         at_least[0] += ("schedule.warmup_steps", "train.checkpoint_steps", "evaluate.every", "loss.eos_coef")
         for least, keys in at_least.items():
@@ -189,6 +196,9 @@ class Config:
                 value = getattr(getattr(self, section), name)
                 if not value >= least:
                     raise ConfigError(f"{key} must be at least {least}, got {value!r}")
+        for name in ("num_queries", "hidden_dim", "nheads", "dec_layers", "dim_feedforward"):
+            if self.model.options.get(name, 1) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {self.model.options[name]!r}")
         for name in ("scales", "crop_scales", "crop_range"):
             values = getattr(self.data, name)
             if any(value < 1 for value in values) or (name == "scales" and not values):
@@ -207,11 +217,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             import tomllib
 
             return tomllib.loads(text)
-        return json.loads(text)
+        content = json.loads(text)
     except ModuleNotFoundError:
         raise ConfigError(f"{path}: TOML files need Python 3.11 or newer; write it as JSON") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid {path.suffix[1:].upper() or 'JSON'}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold an object of sections of settings, got {type(content).__name__}")
+    return content
 
 
 def settings() -> dict[str, tuple[Any, Any, str]]:
@@ -224,20 +237,6 @@ def settings() -> dict[str, tuple[Any, Any, str]]:
             if item.metadata:
                 found[f"{section.name}.{item.name}"] = (hints[item.name], item.default, item.metadata["help"])
     return found
-
-
-def describe_settings() -> str:
-    """The table of all settings that ``detr-fast train --help`` prints."""
-    lines, section = [], ""
-    for key, (kind, default, meaning) in settings().items():
-        if not key.startswith(section + ".") or not section:
-            section = key.split(".")[0]
-            section_type = typing.get_type_hints(Config)[section]
-            lines.append(f"\n{section}: {inspect.getdoc(section_type)}")
-        left = f"  --{key}={as_text(default)}"
-        pad = "  " if len(left) < 44 else "\n" + " " * 46
-        lines.append(f"{left:<44}{pad}{meaning} ({name_of_type(kind)})")
-    return "\n".join(lines).strip()
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

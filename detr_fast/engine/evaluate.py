@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from detr_fast.engine.distributed import Processes
-from detr_fast.engine.loaders import evaluation_loader
+from detr_fast.engine.loaders import evaluation_loader, naming_faults
 from detr_fast.models.postprocess import postprocess_detections
 
 # Name and meaning of COCO's 12 numbers, in its order; detections are limited to the 100 most certain of an image.
@@ -179,9 +179,9 @@ def evaluate(
     """
     processes = processes or Processes()
     loader = evaluation_loader(dataset, batch_size, workers, processes)
-    batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)
+    shown = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)
     category_ids = dataset.categories.ids
-    results, image_ids = detect(model, batches, category_ids, processes.device, precision, should_stop)
+    results, image_ids = detect(model, naming_faults(shown), category_ids, processes.device, precision, should_stop)
     if processes.any(should_stop()):
         return None
     gathered = processes.gather((results, image_ids))

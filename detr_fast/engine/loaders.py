@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from detr_fast.data.batch import EvaluationSampler, TrainingSampler, collate
 from detr_fast.data.coco import Categories, CocoDetection
+from detr_fast.data.faults import DataFault
 from detr_fast.data.layouts import find_split
 from detr_fast.data.transforms import evaluation_transform, train_transform
 from detr_fast.engine.config import Config, DataConfig
@@ -45,7 +47,7 @@ def evaluation_dataset(data: DataConfig, categories: Categories | None = None) -
         images=data.evaluation_images or None,
         annotations=data.evaluation_annotations or None,
     )
-    transform = evaluation_transform(data.evaluation_size, data.max_size or None)
+    transform = evaluation_transform(data.shorter_side, data.max_size or None)
     return CocoDetection(paths, transform, categories, on_fault=data.on_fault, published_ids=data.published_ids)
 
 
@@ -88,6 +90,17 @@ def evaluation_loader(dataset: CocoDetection, batch_size: int, workers: int, pro
     sampler = EvaluationSampler(len(dataset), batch_size, processes.rank, processes.count)
     options = loader_options(workers, processes.device) | {"persistent_workers": False}
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options)
+
+
+def naming_faults(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches; a fault of the data found by a worker is raised as it was there, not as a copied traceback."""
+    try:
+        yield from batches
+    except DataFault as fault:
+        lead, _, message = str(fault).rpartition(f"{DataFault.__module__}.{DataFault.__qualname__}: ")
+        if not lead.startswith("Caught DataFault in DataLoader worker"):
+            raise
+        raise DataFault(message.strip()) from fault
 
 
 def loader_options(workers: int, device: torch.device) -> dict[str, Any]:

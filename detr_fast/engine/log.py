@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.engine.checkpoint import write_atomically
+from detr_fast.engine.distributed import Processes
 
 
 class LossSums:
@@ -45,10 +46,12 @@ class LossSums:
         self.bad_step.masked_fill_(~torch.isfinite(checked).all() & (self.bad_step < 0), step)
         self.steps = [count + 1 for count in self.steps]
 
-    def read(self, row: str) -> dict[str, float]:
-        """Means since the row was cleared. Waits for the device."""
+    def read(self, row: str, processes: Processes | None = None) -> dict[str, float]:
+        """Means since the row was cleared, of all ``processes`` if given (all must call). Waits for the device."""
         index = self.ROWS.index(row)
         values = self.sums[index].tolist()
+        if processes is not None:
+            values = [sum(column) / processes.count for column in zip(*processes.gather(values), strict=True)]
         return {name: value / max(self.steps[index], 1) for name, value in zip(self.names, values, strict=True)}
 
     def first_bad_step(self) -> int:

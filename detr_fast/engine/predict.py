@@ -22,11 +22,9 @@ from detr_fast.engine.draw import draw_boxes
 from detr_fast.engine.errors import CheckpointError, ForeignCheckpointError
 from detr_fast.engine.run import BEST, LAST
 from detr_fast.models import build_model
-from detr_fast.models.checkpoint import load_weights
+from detr_fast.models.checkpoint import count_classes, load_weights, read_state
 from detr_fast.models.postprocess import postprocess_detections
 from detr_fast.structures import Images
-
-PUBLISHED_CLASSES = 91  # COCO's category ids up to 90; one more logit for no-object
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -185,14 +183,18 @@ def _load_published(
             "as model='detr_resnet50' in Python or --model.name=detr_resnet50"
         )
     config = Config().with_overrides(overrides)
-    model = build_model(config.model.name, PUBLISHED_CLASSES, **config.model.options)
-    load_weights(model, path)
-    categories = Categories(tuple(range(PUBLISHED_CLASSES)), ("",) * PUBLISHED_CLASSES)
+    try:
+        classes = count_classes(read_state(path))
+        model = build_model(config.model.name, classes, **config.model.options)
+        load_weights(model, path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    categories = Categories(tuple(range(classes)), ("",) * classes)
     return _detector(model, categories, config, device), config
 
 
 def _detector(model: nn.Module, categories: Categories, config: Config, device: str | torch.device) -> Detector:
-    size, max_size = config.data.evaluation_size, config.data.max_size
+    size, max_size = config.data.shorter_side, config.data.max_size
     return Detector(model, categories, size=size, max_size=max_size or None, device=device)
 
 

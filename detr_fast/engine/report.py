@@ -102,7 +102,8 @@ def _choose(dataset: CocoDetection, count: int) -> list[int]:
     """Image ids spread evenly over the split, those with objects first."""
     full = [image_id for image_id in dataset.image_ids if dataset.coco.getAnnIds(imgIds=[image_id])]
     ids = full or list(dataset.image_ids)
-    return [ids[(number * len(ids)) // count] for number in range(min(count, len(ids)))]
+    count = min(count, len(ids))
+    return [ids[(number * len(ids)) // count] for number in range(count)]
 
 
 def _head(

@@ -21,13 +21,14 @@ from detr_fast.engine.checkpoint import (
 )
 from detr_fast.engine.config import Config
 from detr_fast.engine.distributed import Processes
-from detr_fast.engine.errors import CheckpointError
+from detr_fast.engine.errors import CheckpointError, ConfigError
 from detr_fast.engine.loaders import TrainingLoader, evaluation_dataset, training_dataset
 from detr_fast.engine.log import Log, LossSums
 from detr_fast.engine.optimizer import build_optimizer, load_optimizer
+from detr_fast.layers.backbone import FrozenBatchNorm2d
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.models import build_model
-from detr_fast.models.checkpoint import load_backbone, load_weights
+from detr_fast.models.checkpoint import ClassesDiffer, load_backbone, load_weights
 
 LAST = "last.pth"
 BEST = "best.pth"
@@ -78,13 +79,13 @@ class Run:
 
     def save(self) -> None:
         """Writes ``last.pth``: everything needed to continue bit for bit. Called by all processes."""
-        random_states = self.processes.gather(random_state())
+        states = self.processes.gather((random_state(), self.sums.state_dict()))
         if self.processes.is_main:
             state = self._weights() | {
                 "optimizer": self.optimizer.state_dict(),
                 "sampler": self.loader.sampler.state_dict(self.place.batch),
-                "random": random_states,
-                "sums": self.sums.state_dict(),
+                "random": [random for random, _ in states],
+                "sums": [sums for _, sums in states],
             }
             save_checkpoint(self.folder / LAST, state)
         self.processes.gather(None)  # no process ends, and so stops the others, before the file is complete
@@ -128,24 +129,33 @@ class Run:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"checkpoint {path} does not fit these settings: {reason[:500]}") from error
         self.place.batch = self.loader.sampler.start_batch
-        self.sums.load_state_dict(state["sums"])
+        # Of another number of processes each takes up the sums of one.
+        self.sums.load_state_dict(state["sums"][self.processes.rank % len(state["sums"])])
         states = state["random"]
         if len(states) == self.processes.count:
             set_random_state(states[self.processes.rank])
         self.last_good = path
 
 
-def build_run(config: Config, processes: Processes, folder: Path) -> Run:
-    """Builds everything from settings; the weights are random, or those that ``model.weights`` names."""
+def build_run(config: Config, processes: Processes, folder: Path, *, resumed: bool = False) -> Run:
+    """Builds everything from settings; the weights are random, or those that ``model.weights`` names.
+
+    A ``resumed`` run reads no files of weights: :meth:`Run.restore` brings its own. ``folder`` need not exist yet.
+
+    Raises:
+        ConfigError, DataFault, OSError, ValueError: something given cannot be used.
+    """
     train_set = training_dataset(config)
     categories = train_set.categories
     evaluation = evaluation_dataset(config.data, categories) if config.evaluate.every else None
     seed_everything(config.train.seed)
     model = build_model(config.model.name, categories.num_classes, **config.model.options)
-    if config.model.backbone_weights:
-        load_backbone(model, config.model.backbone_weights)
-    if config.model.weights:
-        load_weights(model, config.model.weights)
+    if hasattr(model, "detr"):
+        raise ConfigError(
+            f"training has no mask losses: model.name must be a detection model, got {config.model.name!r}"
+        )
+    if not resumed:
+        _start_from_files(model, config)
     model.to(processes.device).train()
     parallel = distribute(model, processes)
     # From here on only dropout draws, and every process its own.
@@ -165,6 +175,25 @@ def build_run(config: Config, processes: Processes, folder: Path) -> Run:
         choose_precision(config.train.precision, processes.device),
         LossSums(processes.device),
     )
+
+
+def _start_from_files(model: nn.Module, config: Config) -> None:
+    if config.model.backbone_weights:
+        load_backbone(model, config.model.backbone_weights)
+    if config.model.weights:
+        try:
+            load_weights(model, config.model.weights, new_classes=config.model.new_classes)
+        except ClassesDiffer as error:
+            raise ConfigError(
+                f"model.weights: {config.model.weights} tells {error.found} classes apart, the data set has "
+                f"{error.expected}: start with a new class layer, --model.new_classes=true"
+            ) from error
+
+
+def learns_from_nothing(config: Config, model: nn.Module) -> bool:
+    """Whether a published backbone, whose norms and first layers never change, starts from random weights."""
+    has_constant_norms = any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+    return has_constant_norms and not config.model.weights and not config.model.backbone_weights
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:

@@ -60,4 +60,5 @@ def check_finite(run: Run, image_ids: dict[int, tuple[int, ...]]) -> None:
 def _failure(run: Run, step: int, image_ids: tuple[int, ...], reason: str) -> str:
     images = ", ".join(map(str, image_ids)) or "unknown"
     good = f"last good checkpoint: {run.last_good}" if run.last_good else "there is no checkpoint yet"
-    return f"step {step} of epoch {run.place.epoch}, image ids {images}: {reason}; {good}"
+    # Counted from 1, as on the terminal; the log counts from 0.
+    return f"step {step + 1} of epoch {run.place.epoch + 1}, image ids {images}: {reason}; {good}"

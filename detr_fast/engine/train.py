@@ -22,8 +22,9 @@ from detr_fast.engine.config import Config
 from detr_fast.engine.distributed import SharedFlag, processes
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted
 from detr_fast.engine.evaluate import Evaluation, evaluate
+from detr_fast.engine.loaders import naming_faults
 from detr_fast.engine.log import duration
-from detr_fast.engine.run import LAST, Run, build_run
+from detr_fast.engine.run import LAST, Run, build_run, learns_from_nothing
 from detr_fast.engine.step import check_finite, training_step
 
 
@@ -43,13 +44,14 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
         path = find_checkpoint(resume) if resume else None
         folder = joined.broadcast(_choose_folder(config, path))
         config = config.with_overrides({"train.output": str(folder)})
-        if joined.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
         state = load_checkpoint(path) if path else None
-        run = build_run(config, joined, folder)
+        run = build_run(config, joined, folder, resumed=state is not None)
         if state is not None and path is not None:
             run.restore(state, path)
-            run.log.rewind(run.place.step, run.place.epoch)
+        if joined.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+        # Also of a new run: one that died before its first checkpoint may have left lines behind.
+        run.log.rewind(run.place.step, run.place.epoch)
         if joined.is_main:
             write_atomically(folder / "config.json", _json(config.to_dict()))
         _introduce(run, path)
@@ -84,7 +86,13 @@ def settings_of_run(checkpoint: Path) -> Config:
 def _choose_folder(config: Config, checkpoint: Path | None) -> Path:
     """The folder of the run; a new run does not overwrite an old one."""
     if checkpoint is not None:
-        return Path(config.train.output or checkpoint.parent).absolute()
+        folder = Path(config.train.output or checkpoint.parent).absolute()
+        if folder.resolve() != checkpoint.parent.resolve() and (folder / LAST).exists():
+            raise ConfigError(
+                f"train.output: {folder} holds another run than {checkpoint}, which is to be continued; "
+                "choose another folder, or none to continue where it is"
+            )
+        return folder
     if not config.train.output:
         return Path("runs", f"{config.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}").absolute()
     folder = Path(config.train.output).absolute()
@@ -113,8 +121,13 @@ def _introduce(run: Run, resumed: Path | None) -> None:
         say(f"optimizer  {group['name']}: {size:,} parameters, learning rate {group['initial_lr']:g}")
     precision = str(run.precision).removeprefix("torch.")
     say(f"device     {run.device}, {precision}, {run.processes.count} process(es)")
-    place = f", continuing {resumed} at step {run.place.step}" if resumed else ""
+    place = f", continuing {resumed} after step {run.place.step}" if resumed else ""
     say(f"run        {run.folder}{place}")
+    if resumed is None and learns_from_nothing(run.config, run.model):
+        say(
+            f"warning    {run.config.model.name} has the constant norms and the constant stem of a published backbone, "
+            "which do not learn: give model.weights or model.backbone_weights, or train detr_small from nothing"
+        )
     if run.place.epoch >= run.config.train.epochs:
         say(f"done       all {run.config.train.epochs} epochs are trained; more with --train.epochs=N")
 
@@ -160,7 +173,7 @@ def _steps(run: Run, stop: SharedFlag, started: float) -> float:
     clock = _Clock()
     bar = _progress(run)
     if place.batch < run.loader.batches:
-        batches = iter(run.loader.start(place.epoch, place.batch))
+        batches = naming_faults(run.loader.start(place.epoch, place.batch))
         for batch in clock.timed(batches):
             recent[place.step] = batch.image_ids
             training_step(run, batch)
@@ -224,7 +237,7 @@ def _log_interval(run: Run, recent: dict[int, tuple[int, ...]], clock: _Clock) -
     """Writes the means since the last line; returns the loss."""
     check_finite(run, recent)
     recent.clear()
-    means = run.sums.read("interval")
+    means = run.sums.read("interval", run.processes)
     run.sums.clear("interval")
     rates = {f"learning_rate_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
     if (skipped := run.criterion.matcher_report()) is not None:
@@ -262,7 +275,7 @@ def _evaluate(run: Run, stop: SharedFlag) -> Evaluation | None:
 def _finish_epoch(run: Run, result: Evaluation | None, waited: float) -> None:
     """Logs the epoch, keeps the best weights and moves on to the next."""
     place, config = run.place, run.config
-    means = run.sums.read("epoch")
+    means = run.sums.read("epoch", run.processes)
     numbers = result.numbers if result is not None else {}
     extra = {"seconds": place.seconds, "data_seconds": waited}
     run.log.write("epoch", place.step, place.epoch, {**means, **numbers, **extra})

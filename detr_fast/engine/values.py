@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def _plain_value(value: Any, kind: Any, fault: ConfigError) -> Any:
         number = kind(value)
     except (TypeError, ValueError):
         raise fault from None
-    if number != number:  # NaN is no setting
+    if isinstance(number, float) and not math.isfinite(number):
         raise fault
     return number
 

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from detr_fast.engine.config import Config, describe_settings, settings, split_overrides
+from detr_fast.engine.config import Config, settings, split_overrides
+from detr_fast.engine.describe import describe_models, describe_settings
 from detr_fast.engine.errors import ConfigError
+from detr_fast.models import MODELS
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -56,6 +58,12 @@ def test_options_of_the_model_follow_its_name_whatever_the_order() -> None:
         ("data.scales", "1,x", "data.scales must be integers separated by commas, got '1,x'"),
         ("data.crop_range", "5,3", "data.crop_range must be smallest,largest"),
         ("optimizer.learning_rate", "nan", "optimizer.learning_rate must be number"),
+        ("optimizer.learning_rate", "inf", "optimizer.learning_rate must be number"),
+        ("model.dropout", float("inf"), "model.dropout must be number"),
+        ("loss.giou", -1, "loss.giou must be at least 0, got -1"),
+        ("matcher.cost_class", -0.5, "matcher.cost_class must be at least 0, got -0.5"),
+        ("train.seed", -1, "train.seed must be at least 0, got -1"),
+        ("model.num_queries", 0, "model.num_queries must be at least 1, got 0"),
         ("model.name", "detr_tinny", "did you mean detr_tiny?"),
         ("model.num_querys", 3, "did you mean model.num_queries?"),
         ("model.dropout", "much", "model.dropout must be number, got 'much'"),
@@ -92,6 +100,27 @@ def test_a_damaged_file_is_named(tmp_path) -> None:
     file.write_text('{"train": ')
     with pytest.raises(ConfigError, match=r"config\.json: not valid JSON"):
         Config.load(file)
+
+
+def test_a_file_of_a_list_is_refused(tmp_path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('[{"train": {"epochs": 3}}]')
+    with pytest.raises(ConfigError, match=r"config\.json: must hold an object of sections"):
+        Config.load(file)
+
+
+def test_images_are_evaluated_as_large_as_they_are_trained() -> None:
+    assert Config().data.shorter_side == 800
+    assert Config().with_overrides({"data.scales": "64,96"}).data.shorter_side == 96
+    assert Config().with_overrides({"data.scales": "64,96", "data.evaluation_size": 80}).data.shorter_side == 80
+
+
+def test_help_lists_models_and_options() -> None:
+    text = describe_models()
+    assert all(name in text for name in MODELS)
+    assert "--model.num_queries=100" in text
+    assert "--model.position_embedding=sine" in text
+    assert "--model.pre_norm=false" in text
 
 
 def test_help_lists_every_setting_once() -> None:

@@ -7,7 +7,10 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 
+from detr_fast.engine.distributed import processes
 from detr_fast.engine.log import Log, LossSums, duration
 
 
@@ -20,6 +23,21 @@ def test_means_over_the_interval_and_the_epoch() -> None:
     sums.add(torch.tensor(5.0), {"loss_ce": torch.tensor(0.0)}, 2)
     assert sums.read("interval") == {"loss": 5.0, "loss_ce": 0.0}
     assert sums.read("epoch") == {"loss": 3.0, "loss_ce": 8 / 3}
+
+
+def _read_means(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    sums = LossSums(torch.device("cpu"))
+    sums.add(torch.tensor(2.0 + 4 * rank), {"x": torch.tensor(8.0 * rank)}, 0)
+    with processes("cpu") as joined:
+        (Path(folder) / f"{rank}.txt").write_text(f"{sums.read('epoch', joined)} {sums.read('epoch')['loss']}")
+    dist.destroy_process_group()
+
+
+def test_means_are_of_all_processes(tmp_path: Path) -> None:
+    multiprocessing.start_processes(_read_means, (str(tmp_path),), nprocs=2, start_method="fork")
+    seen = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert seen == ["{'loss': 4.0, 'x': 4.0} 2.0", "{'loss': 4.0, 'x': 4.0} 6.0"]
 
 
 def test_the_first_step_that_is_not_finite_is_remembered() -> None:

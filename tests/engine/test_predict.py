@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from detr_fast.data.faults import DataFault
 from detr_fast.engine.checkpoint import load_checkpoint
 from detr_fast.engine.errors import CheckpointError, ConfigError
 from detr_fast.engine.predict import Detections, Detector
+from detr_fast.models import build_model
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,6 @@ def test_an_image_of_another_shape_or_type_is_refused(detector: Detector, image:
 
 
 def test_a_published_checkpoint_needs_the_name_of_its_model(straight: Path, tmp_path: Path, shapes: Path) -> None:
-    from detr_fast.models import build_model
-
     published = tmp_path / "published.pth"
     options = {"num_queries": 8, "hidden_dim": 32, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 32}
     torch.save({"model": build_model("detr_tiny", 91, **options).state_dict()}, published)
@@ -92,6 +92,15 @@ def test_a_published_checkpoint_needs_the_name_of_its_model(straight: Path, tmp_
         Detector.load(published, model="detr_tiny", num_query=8)
     found = Detector.load(published, model="detr_tiny", **options).predict(shapes / "val" / "000000.jpg", 0.0)[0]
     assert found.names[0] == f"category {found.category_ids[0]}"
+
+
+def test_a_checkpoint_of_the_published_script_brings_its_number_of_classes(tmp_path: Path) -> None:
+    published = tmp_path / "published.pth"
+    state = {"model": build_model("detr_tiny", 7).state_dict(), "args": argparse.Namespace(lr=1e-4), "epoch": 3}
+    torch.save(state, published)
+    with pytest.raises(CheckpointError, match="say which model"):
+        Detector.load(published)
+    assert Detector.load(published, model="detr_tiny").model.num_classes == 7
 
 
 def test_a_checkpoint_of_another_model_is_refused(straight: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from detr_fast.engine.report import overlay, write_report
+from detr_fast.engine.config import Config
+from detr_fast.engine.loaders import evaluation_dataset
+from detr_fast.engine.report import _choose, overlay, write_report
 
 
 class Reader(HTMLParser):
@@ -32,6 +34,13 @@ def test_a_report_holds_everything(straight: Path, tmp_path: Path) -> None:
     assert not {"script", "link", "iframe"} & set(reader.tags)
     assert "average precision at IoU 0.50" in text
     assert "rectangle" in text
+
+
+def test_pictures_are_spread_over_a_small_split(shapes: Path) -> None:
+    dataset = evaluation_dataset(Config().with_overrides({"data.path": str(shapes)}).data)
+    full = [image_id for image_id in dataset.image_ids if dataset.coco.getAnnIds(imgIds=[image_id])]
+    assert _choose(dataset, 100) == full
+    assert len(set(_choose(dataset, 2))) == 2
 
 
 def test_attention_is_bright_where_the_weights_are() -> None:

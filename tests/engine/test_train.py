@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 
+from detr_fast.data.faults import DataFault
 from detr_fast.engine import train as loop
 from detr_fast.engine.checkpoint import load_checkpoint
 from detr_fast.engine.config import Config
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from detr_fast.engine.run import learns_from_nothing
 from detr_fast.engine.train import find_checkpoint, train
+from detr_fast.models import build_model
 
 Settings = Callable[..., Config]
 TIMES = ("seconds", "data_seconds", "images_per_second", "data_share")
@@ -144,6 +150,26 @@ def test_a_killed_run_continues_from_its_last_checkpoint(
     assert_same_run(reference, Path(folder))
 
 
+def _train_as_two(rank: int, folder: str, straight: Config, first_epoch: Config, resumed: Config) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    train(straight)
+    train(resumed, resume=train(first_epoch))
+    dist.destroy_process_group()
+
+
+def test_two_processes_continued_equal_two_undisturbed(settings: Settings, tmp_path: Path) -> None:
+    # The line of every third step spans the interruption after the second, so the sums of both must be continued.
+    two = {"train.log_steps": 3}
+    configs = settings("first", two), settings("second", {**two, "train.epochs": 1}), settings("second", two)
+    multiprocessing.start_processes(_train_as_two, (str(tmp_path), *configs), nprocs=2, start_method="fork")
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+    assert len(load_checkpoint(tmp_path / "second" / "last.pth")["random"]) == 2
+    assert [(entry["kind"], entry["step"]) for entry in read_log(tmp_path / "second")] == [
+        *[("epoch", 2), ("step", 3), ("epoch", 4)]
+    ]
+
+
 def test_the_number_of_workers_changes_nothing(straight: Path, settings: Settings) -> None:
     assert_same_run(straight, train(settings("workers", {"data.workers": 2})))
 
@@ -159,19 +185,85 @@ def test_a_loss_that_is_not_finite_stops_with_step_images_and_checkpoint(setting
     with pytest.raises(TrainingError) as caught:
         train(settings("run", {"loss.bbox": 1e39}), resume=folder)
     message = str(caught.value)
-    assert "step 4 of epoch 1, image ids " in message
+    assert "step 5 of epoch 2, image ids " in message
     assert f"last good checkpoint: {folder / 'last.pth'}" in message
     assert (folder / "last.pth").read_bytes() == good
 
 
 def test_weights_that_explode_stop_the_run(settings: Settings) -> None:
-    with pytest.raises(TrainingError, match=r"step \d of epoch 0, image ids \d+, \d+: .*there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"step \d of epoch 1, image ids \d+, \d+: .*there is no checkpoint yet"):
         train(settings("run", {"optimizer.learning_rate": 1e30, "optimizer.backbone_learning_rate": 1e30}))
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(straight: Path, settings: Settings) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         train(settings("", {"train.output": str(straight)}))
+
+
+def test_a_continued_run_does_not_overwrite_another_one(straight: Path, settings: Settings) -> None:
+    other = train(settings("other", {"train.epochs": 1}))
+    with pytest.raises(ConfigError, match="holds another run than"):
+        train(settings("other"), resume=straight)
+    assert load_checkpoint(other / "last.pth")["place"]["epoch"] == 1
+
+
+def test_a_new_run_does_not_continue_the_log_of_a_dead_one(straight: Path, settings: Settings) -> None:
+    folder = Path(settings("run").train.output)
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"kind": "step", "step": 1, "epoch": 0, "loss": 7}\n')
+    assert_same_run(straight, train(settings("run")))
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(settings: Settings) -> None:
+    config = settings("run", {"model.name": "detr_small_panoptic", "model.hidden_dim": 128, "model.nheads": 8})
+    with pytest.raises(ConfigError, match=r"model\.name must be a detection model, got 'detr_small_panoptic'"):
+        train(config)
+    assert not Path(config.train.output).exists()
+
+
+def test_a_continued_run_does_not_read_the_files_it_started_from(straight: Path, settings: Settings) -> None:
+    weights = Path(settings("weights").train.output).with_suffix(".pth")
+    weights.write_bytes((straight / "best.pth").read_bytes())
+    folder = train(settings("run", {"model.weights": str(weights), "train.epochs": 1}))
+    weights.unlink()
+    train(settings("run", {"model.weights": str(weights)}), resume=folder)
+    assert load_checkpoint(folder / "last.pth")["place"]["epoch"] == 2
+
+
+def test_other_classes_need_a_new_class_layer(straight: Path, settings: Settings) -> None:
+    state = load_checkpoint(straight / "best.pth")["model"]
+    state["class_embed.weight"], state["class_embed.bias"] = torch.zeros(6, 32), torch.zeros(6)
+    weights = Path(settings("weights").train.output).with_suffix(".pth")
+    torch.save(state, weights)
+    changes = {"model.weights": str(weights), "train.epochs": 1}
+    with pytest.raises(ConfigError, match=r"5 classes apart, the data set has 3: .* --model\.new_classes=true"):
+        train(settings("run", changes))
+    folder = train(settings("run", {**changes, "model.new_classes": True, "optimizer.learning_rate": 0}))
+    tuned = load_checkpoint(folder / "last.pth")["model"]
+    assert tuned["class_embed.bias"].shape == (4,)
+    assert torch.equal(tuned["query_embed.weight"], state["query_embed.weight"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_corrupt_image_is_one_line(
+    shapes: Path, settings: Settings, tmp_path: Path, workers: int, split: str
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    (data / split / "000002.jpg").write_bytes(b"no image")
+    with pytest.raises(DataFault, match=r"000002\.jpg: cannot be read") as caught:
+        train(settings("run", {"data.path": str(data), "data.workers": workers, "train.epochs": 1}))
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_published_backbone_from_nothing_is_warned_about() -> None:
+    config, model = Config(), build_model("detr_resnet50", 3, enc_layers=1, dec_layers=1)
+    assert learns_from_nothing(config, model)
+    assert not learns_from_nothing(config.with_overrides({"model.backbone_weights": "x.pth"}), model)
+    assert not learns_from_nothing(config.with_overrides({"model.weights": "x.pth"}), model)
+    assert not learns_from_nothing(config, build_model("detr_tiny", 3))
 
 
 def test_weights_alone_cannot_be_continued(straight: Path, settings: Settings) -> None:
