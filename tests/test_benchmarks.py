@@ -118,7 +118,7 @@ def test_tables_follow_the_last_run(tmp_path: Path) -> None:
     assert text.endswith("<!-- /benchmark -->\nafter\n")
     tables.main([str(document), "--results", str(tmp_path), "--check"])
     document.write_text("<!-- benchmark:nothing -->\n<!-- /benchmark -->\n")
-    with pytest.raises(ValueError, match="no case begins with 'nothing'"):
+    with pytest.raises(SystemExit, match="no case begins with 'nothing'"):
         tables.main([str(document), "--results", str(tmp_path)])
 
 

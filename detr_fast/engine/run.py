@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.processes.device
+
+    def leave(self) -> None:
+        """Lets go of DistributedDataParallel while the process group still stands.
+
+        Otherwise its reducer is the group's last owner and joins the group's thread while holding the interpreter's
+        lock, for which that thread may be waiting: the process would never end.
+        """
+        self.parallel = self.model
+        if self.processes.count > 1:
+            gc.collect()
 
     def share_buffers(self) -> None:
         """The main process's statistics of batch norm on every process, so that all evaluate what is saved."""

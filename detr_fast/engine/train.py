@@ -60,6 +60,7 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
                 _epochs(run, stop)
         finally:
             run.log.close()
+            run.leave()
     return folder
 
 
