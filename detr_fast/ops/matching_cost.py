@@ -128,7 +128,7 @@ def matching_cost_reference(
         class_cost = class_cost.where(known, torch.nan)
         box, goal = boxes[:, image, :, None], target_boxes[start:end]  # [L, Q, 1, 4], [t, 4]
         distance = (box - goal).abs().sum(-1)
-        block = box_weight * distance + class_weight * class_cost - giou_weight * _giou(box, goal)
+        block = box_weight * distance + class_weight * class_cost - giou_weight * giou_of_boxes(box, goal)
         cost[:, start:end] = block.mT
     return cost
 
@@ -142,7 +142,7 @@ def _focal_cost(x: Tensor, alpha: float, gamma: float, stable: bool) -> Tensor:
     return alpha * (1 - p) ** gamma * minus_log_p - (1 - alpha) * p**gamma * minus_log_q
 
 
-def _giou(box: Tensor, goal: Tensor) -> Tensor:
+def giou_of_boxes(box: Tensor, goal: Tensor) -> Tensor:
     """GIoU of cxcywh boxes with broadcasting; NaN where it is undefined."""
     low, high = torch.maximum(_low(box), _low(goal)), torch.minimum(_high(box), _high(goal))
     overlap = (high - low).clamp(min=0).prod(-1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_fast.ops.matching_cost import ClassKind, _giou
+from detr_fast.ops.matching_cost import ClassKind, giou_of_boxes
 
 TERMS = ("class", "bbox", "giou", "cardinality_error", "class_error")
 
@@ -83,7 +83,7 @@ def set_loss_reference(
                 [
                     _class_loss(logits[layer], where, label, num_boxes, class_weight, kind, alpha, gamma),
                     (box - goal).abs().sum() / num_boxes,
-                    (1 - _giou(box, goal)).sum() / num_boxes,
+                    (1 - giou_of_boxes(box, goal)).sum() / num_boxes,
                     cardinality,
                     error,
                 ]
