@@ -73,6 +73,9 @@ struct Forbidden {
 // How `first` is packed, from the lowest bits up: term, query, target within its image, image, layer.
 constexpr int kTermBits = 5, kQueryBits = 20, kTargetBits = 14, kImageBits = 16, kLayerBits = 8;
 
+// Losses of a layer: class, L1, GIoU, cardinality error, class error.
+constexpr int kTerms = 5;
+
 // What one problem adds to each loss before normalisation.
 struct LossSums {
   double class_loss, box_loss, giou_loss, objects_predicted, correct, matched;
@@ -100,8 +103,9 @@ struct LossArguments {
 template <typename T>
 struct ScaleArguments {
   int64_t layers, logits_per_layer, queries_per_layer;
-  const T* loss_gradient;  // [L, terms] incoming; the first three are class, L1, GIoU
-  int64_t terms;
+  const T* loss_gradient;    // [L, kTerms] incoming, or null; the first three are class, L1, GIoU
+  const T* total_gradient;   // [] incoming of the weighted sum, or null
+  const float* loss_weight;  // [L, kTerms] of the weighted sum, or null
   const T* logits_gradient;  // [L, logits_per_layer]
   const T* boxes_gradient;   // [L, queries_per_layer, 8]
   void* scaled_logits;       // [L, logits_per_layer] of logits_type
@@ -142,4 +146,65 @@ enum class Scratch { kSolver, kCost };
 void* scratch(Scratch which, size_t bytes);
 
 }  // namespace cpu
+
+// Every function enqueues its kernels on a stream of the current device and waits for nothing; pointers are to memory
+// of that device, but for the arguments themselves. Nothing is allocated. A launch that fails throws
+// std::runtime_error with the kernel's name.
+namespace cuda {
+
+// Memory of assign, known on the host.
+struct AssignPlan {
+  size_t shared_bytes;   // of a block
+  size_t scratch_bytes;  // of device memory, for each problem
+};
+
+// max_count: an upper bound of the targets of one image. type: kFloat32 or kFloat64.
+AssignPlan assign_plan(const Batch&, int64_t max_count, ElementType type);
+
+// Parts of a row whose minima matching_cost delivers.
+constexpr int minima_segments(int64_t queries) { return static_cast<int>((queries + 31) / 32); }
+
+// Writes all of query_of_target; prices must be 0 before. minima: of matching_cost on the same cost, or null.
+// scratch: plan.scratch_bytes for each problem. One launch.
+void assign(const AssignmentArguments<float>&, const uint64_t* minima, const AssignPlan&, void* scratch, void* stream);
+void assign(const AssignmentArguments<double>&, const AssignPlan&, void* scratch, void* stream);
+
+// cost [L, T, Q], in rows past offsets[B] 0, or with minima unwritten. minima [L, T, minima_segments]: of each row and
+// 32 queries the least cost and its query, for assign; or null. status: [2], or null: the number of forbidden pairs is
+// added to the first, the second raised to INT64_MAX - Forbidden::first. One launch.
+void matching_cost(const CostArguments<float>&, float* cost, uint64_t* minima, int64_t* status, void* stream);
+void matching_cost(const CostArguments<double>&, double* cost, int64_t* status, void* stream);
+
+template <typename T>
+struct LossArguments {
+  Batch batch;
+  int64_t classes;
+  Elements logits;                 // [L, B, Q, C]
+  Elements boxes;                  // [L, B, Q, 4] cxcywh
+  const int32_t* query_of_target;  // [L, T], no query twice; outside of [0, Q) = unmatched
+  const int64_t* labels;           // [T]; one out of range makes the class loss NaN
+  const float* target_boxes;       // [T, 4] cxcywh
+  const float* num_boxes;          // [], or null for offsets[B]; at least 1 is used
+  const float* class_weight;       // [C], softmax only, or null for 1
+  const float* loss_weight;        // [L, kTerms], or null for 0
+  ClassKind kind;
+  T alpha, gamma;
+  T* losses;           // [L, kTerms]
+  T* total;            // []
+  T* logits_gradient;  // [L, B, Q, C] of the normalised class loss
+  T* boxes_gradient;   // [L, B, Q, 8] of the normalised L1 loss (4) and GIoU loss (4)
+};
+
+// Bytes of device memory that set_loss needs beside its arguments.
+size_t set_loss_scratch_bytes(const Batch&);
+
+// One launch and one memset of four bytes.
+void set_loss(const LossArguments<float>&, void* scratch, void* stream);
+void set_loss(const LossArguments<double>&, void* scratch, void* stream);
+
+// One launch.
+void scale_gradients(const ScaleArguments<float>&, void* stream);
+void scale_gradients(const ScaleArguments<double>&, void* stream);
+
+}  // namespace cuda
 }  // namespace detr

@@ -121,13 +121,13 @@ class HungarianMatcher(nn.Module):
         return self.invalid == "raise" or (self.invalid is None and tensor.device.type == "cpu")
 
     def report(self) -> ForbiddenPairs | None:
-        """Pairs skipped since the last report, with the position of the latest; None if there were none.
+        """Pairs skipped since the last report, with the position of the first; None if there were none.
 
         Waits for the device.
         """
         forbidden = ForbiddenPairs.read(self._status)
         if forbidden is not None:
-            self._status.copy_(ForbiddenPairs.new_status())
+            self._status.zero_()
         return forbidden
 
     def extra_repr(self) -> str:

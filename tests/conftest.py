@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from emulator import build
+
+NATIVE_OPS = ("assign", "matching_cost", "match", "set_loss", "set_loss_backward")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,3 +24,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """The module with the emulator's controls; torch.ops.detr_fast_emulated are the CUDA ops for tensors of the CPU."""
+    reason = build.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return build.load()
+
+
+@pytest.fixture
+def emulated_ops(emulator: ModuleType) -> Iterator[ModuleType]:
+    """Tensors of the CPU are computed by the emulated CUDA kernels, and so is all that stands on the ops."""
+    library = torch.library.Library("detr_fast", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that is the purpose
+        for name in NATIVE_OPS:
+            op = getattr(torch.ops.detr_fast_emulated, name).default
+            library.impl(name, op, "CPU", allow_override=True)
+    yield emulator
+    library._destroy()

@@ -2,6 +2,7 @@
 // over the logits. Sums are kept in double and reduced in a fixed order. Carion et al. 2020; Zhu et al. 2021 (focal).
 #pragma once
 
+#include "../core/loss_gradient.h"
 #include "matching_cost.h"
 
 namespace detr::cpu {
@@ -161,12 +162,13 @@ template <typename T>
 void scale_gradients(const ScaleArguments<T>& a, int64_t begin, int64_t end) {
   const int64_t classes = a.queries_per_layer ? a.logits_per_layer / a.queries_per_layer : 0;
   for (int64_t q = begin; q < end; ++q) {
-    const T* incoming = a.loss_gradient + q / a.queries_per_layer * a.terms;
+    const int64_t layer = q / a.queries_per_layer;
     const T* logits = a.logits_gradient + q * classes;
-    store_scaled<T>(a.scaled_logits, a.logits_type, q * classes, classes, logits, incoming[0]);
+    store_scaled<T>(a.scaled_logits, a.logits_type, q * classes, classes, logits, incoming_gradient(a, layer, 0));
+    const T by_box = incoming_gradient(a, layer, 1), by_giou = incoming_gradient(a, layer, 2);
     const T* parts = a.boxes_gradient + q * 8;
     T box[4];
-    for (int k = 0; k < 4; ++k) box[k] = incoming[1] * parts[k] + incoming[2] * parts[4 + k];
+    for (int k = 0; k < 4; ++k) box[k] = scaled(parts[k], by_box) + scaled(parts[4 + k], by_giou);
     store_scaled<T>(a.scaled_boxes, a.boxes_type, 4 * q, 4, box, T(1));
   }
 }

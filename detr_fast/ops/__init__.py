@@ -20,11 +20,12 @@ from detr_fast.ops.assignment import (
 from detr_fast.ops.attention import attention, attention_reference
 from detr_fast.ops.matching import match, match_reference
 from detr_fast.ops.matching_cost import ForbiddenPairs, matching_cost, matching_cost_reference
-from detr_fast.ops.set_loss import set_loss, set_loss_reference
+from detr_fast.ops.set_loss import WeightedLoss, set_loss, set_loss_reference, weighted_set_loss
 
 __all__ = [
     "Assignment",
     "ForbiddenPairs",
+    "WeightedLoss",
     "assign",
     "assign_reference",
     "assign_with_prices",
@@ -38,6 +39,7 @@ __all__ = [
     "matching_cost_reference",
     "set_loss",
     "set_loss_reference",
+    "weighted_set_loss",
 ]
 
 

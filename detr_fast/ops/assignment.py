@@ -37,12 +37,13 @@ def assign(
     minima, then the lowest target, as `csrc/cpu/assignment.h` defines. With all costs equal, target t gets query t.
     Rounding errors of float32 may choose between totals that differ by less than 4 T eps max|cost|.
 
-    `max_count` is the most targets of one image, as :class:`Targets` knows it on the host: a GPU chooses its kernel by
-    it without reading the offsets back. None is always right.
+    `max_count` is the most targets of one image, or any upper bound, as :class:`Targets` knows it on the host: a CUDA
+    device gets its memory by it without reading the offsets back. None is always right; a number that is too small
+    leaves images unmatched there. One launch, whatever the number of layers; prices and ties have the CPU's bits.
 
     Raises:
-        RuntimeError: a tensor has another shape or type; on the CPU also if offsets are no segments of the rows or
-            `max_count` is too small.
+        RuntimeError: a tensor has another shape, type or device; on the CPU also if offsets are no segments of the rows
+            or `max_count` is too small.
 
     Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE TAES 52(4), 2016.
     """

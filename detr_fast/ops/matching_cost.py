@@ -19,7 +19,10 @@ _TERMS = ("class", "box", "GIoU", "label", "sum")
 
 @dataclass(frozen=True)
 class ForbiddenPairs:
-    """What an op's status says: how many pairs were forbidden, and where the first one is."""
+    """What an op's status says: how many pairs were forbidden since it was new, and where the first of them is.
+
+    The first in the order of layer, image, target and query, whatever the order of the calls.
+    """
 
     count: int
     layer: int
@@ -30,15 +33,19 @@ class ForbiddenPairs:
 
     @staticmethod
     def new_status(device: torch.device | str | None = None) -> Tensor:
-        """A status for :func:`match` and :func:`matching_cost` to add to: ``[2]`` int64, number and packed position."""
-        return torch.tensor([0, torch.iinfo(torch.int64).max], device=device)
+        """A status for :func:`match` and :func:`matching_cost` to add to, ``[2]`` int64 zeros.
+
+        The first is the number of pairs, the second 2^63 - 1 minus the packed position of the first pair.
+        """
+        return torch.zeros(2, dtype=torch.int64, device=device)
 
     @classmethod
     def read(cls, status: Tensor) -> ForbiddenPairs | None:
         """Reads a status ``[2]`` int64 from its device; None if no pair was forbidden."""
-        count, packed = status.tolist()
+        count, order = status.tolist()
         if count == 0:
             return None
+        packed = torch.iinfo(torch.int64).max - order
         fields = []
         for bits in (_TERM_BITS, _QUERY_BITS, _TARGET_BITS, _IMAGE_BITS):
             fields.append(packed & (1 << bits) - 1)
@@ -81,8 +88,10 @@ def matching_cost(
     float64 if one of them is. Rows past ``offsets[B]`` are 0. GIoU has no epsilon: it is NaN for two boxes without area
     and for boxes of negative width or height. A label outside ``[0, C)`` (softmax: ``[0, C - 1)``, the last class being
     "no object") makes its row NaN. Pairs whose cost is NaN, infinite or at least 2^100 (float64: 2^1000) are forbidden
-    to the assignment: their number is added to a `status` made by :meth:`ForbiddenPairs.new_status`, which also takes
+    to the assignment: their number is added to a `status` made by :meth:`ForbiddenPairs.new_status`, which also keeps
     the position of the first, for :meth:`ForbiddenPairs.read`. `max_count` as for :func:`assign`.
+
+    On a CUDA device nothing is read back, offsets are not checked, and the bits are those of the CPU (float32).
 
     Raises:
         RuntimeError: a tensor has another shape or type, or `kind` is unknown.
@@ -91,7 +100,6 @@ def matching_cost(
     Zhu et al., "Deformable DETR", ICLR 2021 (focal).
     """
     arguments = (logits, boxes, labels, target_boxes, offsets)
-    status = ForbiddenPairs.new_status(logits.device) if status is None else status
     options = (class_weight, box_weight, giou_weight, kind, alpha, gamma)
     return torch.ops.detr_fast.matching_cost.default(
         *arguments, status, -1 if max_count is None else max_count, *options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,13 @@ from detr_fast.ops.matching_cost import ClassKind, giou_of_boxes
 TERMS = ("class", "bbox", "giou", "cardinality_error", "class_error")
 
 
+class WeightedLoss(NamedTuple):
+    """What :func:`weighted_set_loss` returns."""
+
+    total: Tensor  # [] sum of weight times loss over layers and terms
+    losses: Tensor  # [L, 5]
+
+
 def set_loss(
     logits: Tensor,  # [L, B, Q, C]
     boxes: Tensor,  # [L, B, Q, 4] cxcywh
@@ -20,13 +27,13 @@ def set_loss(
     labels: Tensor,  # [T] int64
     target_boxes: Tensor,  # [T, 4] float32 cxcywh
     offsets: Tensor,  # [B + 1] int32
-    num_boxes: Tensor,  # [] float32, normaliser of the box (and focal) losses
+    num_boxes: Tensor | None = None,  # [] float32, normaliser of the box (and focal) losses; None: offsets[B]
     class_weight: Tensor | None = None,  # [C] float32, softmax only; the last class is "no object"
     kind: ClassKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Tensor:
-    """Losses ``[L, 5]`` of each layer, in the order of :data:`TERMS`.
+    """Losses ``[L, 5]`` of each layer, in the order of :data:`TERMS`. At least 1 is used for `num_boxes`.
 
     - class, softmax: sum of w[y] (-log softmax(logits)[y]) over all queries, divided by the sum of w[y]; y is the label
       of the query's target, or the last class where it has none; w is `class_weight`, or 1;
@@ -39,13 +46,40 @@ def set_loss(
     Differentiable once, in logits and boxes; the gradient is computed with the losses, backward only scales it. Types
     as in :func:`matching_cost`; gradients return in the inputs' types.
 
+    On a CUDA device nothing is read back: a query out of range counts as unmatched, a matched target's label out of
+    range makes the class loss NaN. One launch, whatever the number of layers.
+
     Raises:
-        RuntimeError: a tensor has another shape or type; on the CPU also a query or label out of range, with its image.
+        RuntimeError: a tensor has another shape, type or device; on the CPU also a query or label out of range, with
+            its image.
 
     Source: Carion et al., ECCV 2020, section 3.1 and appendix A.2; Lin et al., ICCV 2017 (focal).
     """
-    arguments = (logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes)
-    return torch.ops.detr_fast.set_loss.default(*arguments, class_weight, kind, alpha, gamma)[0]
+    arguments = (logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes, class_weight)
+    return torch.ops.detr_fast.set_loss.default(*arguments, None, kind, alpha, gamma)[0]
+
+
+def weighted_set_loss(
+    logits: Tensor,  # [L, B, Q, C]
+    boxes: Tensor,  # [L, B, Q, 4] cxcywh
+    query_of_target: Tensor,  # [L, T] int32, -1 = unmatched
+    labels: Tensor,  # [T] int64
+    target_boxes: Tensor,  # [T, 4] float32 cxcywh
+    offsets: Tensor,  # [B + 1] int32
+    loss_weight: Tensor,  # [L, 5] float32, in the order of TERMS
+    num_boxes: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    kind: ClassKind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> WeightedLoss:
+    """As :func:`set_loss`, with the weighted sum of all losses to differentiate: one launch forward, one backward.
+
+    Terms of weight 0 take no part, even if they are NaN. Weights of the two errors change the sum, not the gradient.
+    """
+    arguments = (logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes, class_weight, loss_weight)
+    losses, total, *_ = torch.ops.detr_fast.set_loss.default(*arguments, kind, alpha, gamma)
+    return WeightedLoss(total, losses)
 
 
 def set_loss_reference(
@@ -55,13 +89,14 @@ def set_loss_reference(
     labels: Tensor,
     target_boxes: Tensor,
     offsets: Tensor,
-    num_boxes: Tensor,
+    num_boxes: Tensor | None = None,
     class_weight: Tensor | None = None,
     kind: ClassKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Tensor:
     """The definition of :func:`set_loss`, differentiated by autograd."""
+    num_boxes = (offsets[-1].float() if num_boxes is None else num_boxes).clamp(min=1)
     exact = torch.float64 in (logits.dtype, boxes.dtype)
     dtype = torch.float64 if exact else torch.float32
     logits, boxes, target_boxes = logits.to(dtype), boxes.to(dtype), target_boxes.to(dtype)
@@ -124,20 +159,27 @@ def _(
     labels: Tensor,
     target_boxes: Tensor,
     offsets: Tensor,
-    num_boxes: Tensor,
+    num_boxes: Tensor | None,
     class_weight: Tensor | None,
+    loss_weight: Tensor | None,
     kind: str,
     alpha: float,
     gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
-    losses = logits.new_empty((logits.shape[0], len(TERMS)), dtype=dtype)
-    return losses, logits.new_empty(logits.shape, dtype=dtype), logits.new_empty((*boxes.shape[:3], 8), dtype=dtype)
+    return (
+        logits.new_empty((logits.shape[0], len(TERMS)), dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(logits.shape, dtype=dtype),
+        logits.new_empty((*boxes.shape[:3], 8), dtype=dtype),
+    )
 
 
 @torch.library.register_fake("detr_fast::set_loss_backward")
 def _(
-    loss_gradient: Tensor,
+    loss_gradient: Tensor | None,
+    total_gradient: Tensor | None,
+    loss_weight: Tensor | None,
     logits_gradient: Tensor,
     boxes_gradient: Tensor,
     logits_type: torch.dtype,
@@ -150,21 +192,25 @@ def _(
     )
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, logits_gradient, boxes_gradient = output
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, _, logits_gradient, boxes_gradient = output
     ctx.mark_non_differentiable(logits_gradient, boxes_gradient)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits_gradient, boxes_gradient)
+    loss_weight = inputs[8]
+    ctx.save_for_backward(loss_weight, logits_gradient, boxes_gradient)
     ctx.types = (inputs[0].dtype, inputs[1].dtype)
 
 
-def _scale_gradients(ctx: Any, loss_gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 9
-    if loss_gradient is None:
+def _scale_gradients(
+    ctx: Any, loss_gradient: Tensor | None, total_gradient: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    unused = (None,) * 10
+    if loss_gradient is None and total_gradient is None:
         return (None, None, *unused)
     if torch.is_grad_enabled():  # create_graph: the gradient would silently be a constant
         raise RuntimeError("set_loss: second derivatives are not available; use set_loss_reference for them")
-    scaled = torch.ops.detr_fast.set_loss_backward.default(loss_gradient, *ctx.saved_tensors, *ctx.types)
+    incoming = (loss_gradient, total_gradient)
+    scaled = torch.ops.detr_fast.set_loss_backward.default(*incoming, *ctx.saved_tensors, *ctx.types)
     return (*scaled, *unused)
 
 

@@ -85,7 +85,8 @@ void run_matching_and_loss(ClassKind kind) {
   match<T>(cost_arguments, query_of_target.data(), forbidden.data(), 0, layers * images);
   matching_cost<T>(cost_arguments, cost.data(), forbidden.data(), 0, layers * images);
 
-  const std::vector<T> class_weight(classes, 1), class_scale(layers, 1), incoming(layers * 5, 1);
+  const std::vector<T> class_weight(classes, 1), class_scale(layers, 1), incoming(layers * kTerms, 1), total(1, 1);
+  const std::vector<float> loss_weight(layers * kTerms, 1);
   std::vector<LossSums> sums(layers * images);
   std::vector<T> logits_gradient(slots * classes), boxes_gradient(slots * 8);
   const LossArguments<T> loss_arguments = {batch,
@@ -111,7 +112,8 @@ void run_matching_and_loss(ClassKind kind) {
                                              images * queries * classes,
                                              images * queries,
                                              incoming.data(),
-                                             5,
+                                             total.data(),
+                                             loss_weight.data(),
                                              logits_gradient.data(),
                                              boxes_gradient.data(),
                                              scaled_logits.data(),

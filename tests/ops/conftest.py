@@ -1,4 +1,4 @@
-"""Every native op is tested with each instruction set, and with memory that starts as NaN."""
+"""Every native op is tested with each instruction set and on emulated CUDA, with memory that starts as NaN."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=[*INSTRUCTION_SETS, "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Kernels that compute tensors of the CPU; "cuda" are those of CUDA in the emulator."""
     best = _C.instruction_set()
-    if not _C.use_instruction_set(request.param):
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_ops")
+    elif not _C.use_instruction_set(request.param):
         pytest.skip(f"this processor or build has no {request.param}")
     yield request.param
     _C.use_instruction_set(best)

@@ -42,7 +42,7 @@ def assert_one_to_one(query_of_target: np.ndarray, queries: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_total_cost_is_that_of_scipy(dtype: torch.dtype, instruction_set: str) -> None:
+def test_total_cost_is_that_of_scipy(dtype: torch.dtype, backend: str) -> None:
     for cost in cost_matrices(seed=0):
         query_of_target = solve(cost, dtype)
         assert_one_to_one(query_of_target, cost.shape[1])
@@ -51,7 +51,7 @@ def test_total_cost_is_that_of_scipy(dtype: torch.dtype, instruction_set: str) -
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_prices_certify_the_optimum(dtype: torch.dtype, instruction_set: str) -> None:
+def test_prices_certify_the_optimum(dtype: torch.dtype, backend: str) -> None:
     costs = cost_matrices(seed=1) + [
         np.random.default_rng(2).random(shape, np.float32) for shape in ((300, 300), (90, 700))
     ]
@@ -71,9 +71,7 @@ def test_prices_certify_the_optimum(dtype: torch.dtype, instruction_set: str) ->
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_forbidden_pairs_are_avoided_and_the_rest_is_optimal(
-    dtype: torch.dtype, share: float, instruction_set: str
-) -> None:
+def test_forbidden_pairs_are_avoided_and_the_rest_is_optimal(dtype: torch.dtype, share: float, backend: str) -> None:
     random = np.random.default_rng(int(share * 10))
     for number in range(150):
         targets, queries = int(random.integers(1, 12)), int(random.integers(1, 12))
@@ -141,7 +139,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype: torch
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_a_problem_does_not_depend_on_its_batch(instruction_set: str) -> None:
+def test_a_problem_does_not_depend_on_its_batch(backend: str) -> None:
     cost, offsets = ragged_batch()
     together = assign(cost, offsets)
     for layer in range(len(cost)):
@@ -163,13 +161,13 @@ def test_definition_has_the_same_total() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 9), (9, 5)])
-def test_complete_ties_match_in_order(shape: tuple[int, int], instruction_set: str) -> None:
+def test_complete_ties_match_in_order(shape: tuple[int, int], backend: str) -> None:
     expected = np.arange(shape[0])
     expected[shape[1] :] = -1
     assert solve(np.zeros(shape, np.float32), torch.float32).tolist() == expected.tolist()
 
 
-def test_equal_minima_take_the_lowest_query(instruction_set: str) -> None:
+def test_equal_minima_take_the_lowest_query(backend: str) -> None:
     cost = np.ones((2, 40), np.float32)
     cost[0, [17, 33]] = 0
     cost[1, [3, 39]] = 0

@@ -29,7 +29,7 @@ def in_float64(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_cost_is_the_definition(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
+def test_cost_is_the_definition(kind: str, dtype: torch.dtype, backend: str) -> None:
     for classes, queries in ((11, 30), (92, 100), (1, 3), (16, 16)):
         if kind == "softmax" and classes == 1:
             continue
@@ -46,7 +46,7 @@ def test_cost_is_the_definition(kind: str, dtype: torch.dtype, instruction_set: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_extreme_logits_stay_right(kind: str, instruction_set: str) -> None:
+def test_extreme_logits_stay_right(kind: str, backend: str) -> None:
     logits, *rest = predictions_and_targets(dtype=torch.float32)
     logits = logits.sign() * torch.tensor([0.0, 8.5, 17.5, 40.0, 88.0, 100.0])[
         torch.arange(logits.numel()) % 6
@@ -60,7 +60,7 @@ def test_extreme_logits_stay_right(kind: str, instruction_set: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_match_is_assign_of_matching_cost(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
+def test_match_is_assign_of_matching_cost(kind: str, dtype: torch.dtype, backend: str) -> None:
     inputs = predictions_and_targets(counts=(9, 0, 40, 2), queries=33, dtype=dtype)
     query_of_target, status = with_status(match, *inputs, *WEIGHTS, kind)
     cost, cost_status = with_status(matching_cost, *inputs, *WEIGHTS, kind)
@@ -111,7 +111,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_status_names_the_first_forbidden_pair(name: str, instruction_set: str) -> None:
+def test_status_names_the_first_forbidden_pair(name: str, backend: str) -> None:
     keys = ("logits", "boxes", "labels", "target_boxes", "offsets")
     inputs = dict(zip(keys, predictions_and_targets(), strict=True))
     change, query, terms, count = FAULTS[name]
@@ -177,10 +177,10 @@ def test_errors_name_the_argument() -> None:
         match(logits, boxes, labels, target_boxes, offsets, kind="other")  # type: ignore[arg-type]
 
 
-def test_status_adds_up_and_keeps_the_latest_position() -> None:
+def test_status_adds_up_and_keeps_the_first_position() -> None:
     logits, *rest = predictions_and_targets()
     status = ForbiddenPairs.new_status()
-    for layer in (2, 1):
+    for layer in (1, 2):
         damaged = logits.clone()
         damaged[layer, 2, 4] = torch.nan
         match(damaged, *rest, status=status)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from detr_fast import _C
-from detr_fast.ops import match, set_loss, set_loss_reference
+from detr_fast.ops import match, set_loss, set_loss_reference, weighted_set_loss
+from detr_fast.ops.set_loss import TERMS
 
 KINDS = ["softmax", "focal"]
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -26,6 +27,14 @@ def inputs_of(dtype: torch.dtype = torch.float32, kind: str = "softmax", **optio
     return arguments, {"class_weight": weight if kind == "softmax" else None, "kind": kind}
 
 
+def weights_of(arguments: list) -> Tensor:
+    """Weights of all layers and terms; those of one term and of the two errors are 0."""
+    weight = torch.rand(len(arguments[0]), len(TERMS), generator=torch.Generator().manual_seed(7)) + 0.5
+    weight[:, 3:] = 0
+    weight[0, 1] = 0
+    return weight
+
+
 def losses_and_gradients(function, arguments: list, options: dict, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Each term's losses ``[L]``, then the gradients of each term of its own: their sizes differ by orders."""
     logits, boxes = (x.detach().to(dtype or x.dtype).requires_grad_() for x in arguments[:2])
@@ -39,7 +48,7 @@ def losses_and_gradients(function, arguments: list, options: dict, dtype: torch.
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_losses_and_gradients_are_the_definitions(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
+def test_losses_and_gradients_are_the_definitions(kind: str, dtype: torch.dtype, backend: str) -> None:
     for classes, counts in ((11, (3, 0, 7, 5)), (92, (1, 4)), (17, (0, 0)), (6, (40, 2))):
         arguments, options = inputs_of(dtype, kind, classes=classes, counts=counts)
         fast = losses_and_gradients(set_loss, arguments, options)
@@ -47,6 +56,51 @@ def test_losses_and_gradients_are_the_definitions(kind: str, dtype: torch.dtype,
         exact = losses_and_gradients(set_loss_reference, arguments, options, torch.float64)
         for ours, theirs, best in zip(fast, definition, exact, strict=True):
             assert_as_accurate(ours, theirs, best)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_weighted_sum_and_its_gradient(kind: str, dtype: torch.dtype) -> None:
+    arguments, options = inputs_of(dtype, kind)
+    weight = weights_of(arguments)
+    logits, boxes = (x.clone().requires_grad_() for x in arguments[:2])
+    total, losses = weighted_set_loss(logits, boxes, *arguments[2:6], weight, arguments[6], **options)
+    assert torch.equal(losses, set_loss(*arguments, **options))
+    expected = (losses.detach().double() * weight).sum()
+    assert abs(total.item() - expected) <= torch.finfo(total.dtype).eps * expected
+    both = torch.autograd.grad((losses * weight).sum() + 3 * total, (logits, boxes), retain_graph=True)
+    single = torch.autograd.grad(total, (logits, boxes))
+    limits = torch.finfo(dtype)
+    for ours, theirs in zip(both, single, strict=True):  # each rounded once, or to a denormal number
+        tolerance = {"rtol": 4 * limits.eps, "atol": 4 * limits.tiny * limits.eps}
+        torch.testing.assert_close(ours.double(), 4 * theirs.double(), **tolerance)
+
+
+def test_terms_of_weight_zero_take_no_part() -> None:
+    arguments, options = inputs_of()
+    boxes, target_boxes = arguments[1].clone(), arguments[4].clone()
+    boxes[..., 2:] = 0
+    target_boxes[:, 2:] = 0
+    boxes.requires_grad_()
+    weight = torch.zeros(len(boxes), len(TERMS))
+    weight[:, 1] = 1
+    given = (arguments[0], boxes, arguments[2], arguments[3], target_boxes, arguments[5])
+    total, losses = weighted_set_loss(*given, weight, arguments[6], **options)
+    assert losses[:, 2].isnan().all()
+    total.backward()
+    assert total.isfinite()
+    assert boxes.grad.isfinite().all()
+    assert (boxes.grad != 0).any()
+
+
+def test_number_of_boxes_is_that_of_the_batch_and_at_least_one() -> None:
+    for counts in ((3, 0, 7), (0, 0)):
+        arguments, options = inputs_of(counts=counts)
+        given = torch.tensor(float(sum(counts)))
+        losses = set_loss(*arguments[:6], None, **options)
+        assert torch.equal(losses, set_loss(*arguments[:6], given, **options))
+        assert torch.equal(losses, set_loss(*arguments[:6], given.clamp(min=1), **options))
+        assert losses.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,7 +116,7 @@ def test_gradients_do_not_underflow_in_float16(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("magnitude", [20.0, 90.0])
-def test_extreme_logits(kind: str, magnitude: float, instruction_set: str) -> None:
+def test_extreme_logits(kind: str, magnitude: float, backend: str) -> None:
     arguments, options = inputs_of(torch.float32, kind)
     arguments[0] = arguments[0].sign() * magnitude
     fast = losses_and_gradients(set_loss, arguments, options)
@@ -75,7 +129,7 @@ def test_extreme_logits(kind: str, magnitude: float, instruction_set: str) -> No
 
 @pytest.mark.parametrize("classes", [1, 80])
 @pytest.mark.parametrize("logit", [1.0, 1.906, 5.0, 12.0, 30.0])
-def test_confident_positives_keep_their_digits(classes: int, logit: float, instruction_set: str) -> None:
+def test_confident_positives_keep_their_digits(classes: int, logit: float, backend: str) -> None:
     """The label's term is far smaller than the negative term of the same logit would be."""
     arguments, options = inputs_of(torch.float32, "focal", classes=classes, counts=(1,), layers=1, queries=3)
     arguments[0] = torch.full_like(arguments[0], -9.0)
@@ -137,18 +191,20 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind: str) -> None:
     arguments, options = inputs_of(kind=kind)
+    weight = weights_of(arguments)
     arguments[0].requires_grad_()
     arguments[1].requires_grad_()
     torch.library.opcheck(
-        torch.ops.detr_fast.set_loss.default, (*arguments, options["class_weight"], options["kind"], 0.25, 2.0)
+        torch.ops.detr_fast.set_loss.default, (*arguments, options["class_weight"], weight, options["kind"], 0.25, 2.0)
     )
-    losses, logits_gradient, boxes_gradient = torch.ops.detr_fast.set_loss.default(
-        *(x.detach() for x in arguments), options["class_weight"], options["kind"], 0.25, 2.0
+    losses, total, *gradients = torch.ops.detr_fast.set_loss.default(
+        *(x.detach() for x in arguments), options["class_weight"], weight, options["kind"], 0.25, 2.0
     )
-    torch.library.opcheck(
-        torch.ops.detr_fast.set_loss_backward.default,
-        (losses, logits_gradient, boxes_gradient, torch.bfloat16, torch.float32),
-    )
+    for incoming in ((losses, None), (None, total), (losses, total)):
+        torch.library.opcheck(
+            torch.ops.detr_fast.set_loss_backward.default,
+            (*incoming, weight, *gradients, torch.bfloat16, torch.float32),
+        )
 
 
 def test_compiles_whole_with_backward_and_not_again_when_targets_change() -> None:
@@ -181,3 +237,10 @@ def test_errors_name_the_argument() -> None:
         set_loss(*arguments, class_weight=torch.ones(3))
     with pytest.raises(RuntimeError, match="num_boxes must have no dimensions"):
         set_loss(*arguments[:-1], torch.ones(1), **options)
+    with pytest.raises(RuntimeError, match="num_boxes must be float32, got Double"):
+        set_loss(*arguments[:-1], torch.ones((), dtype=torch.float64), **options)
+    with pytest.raises(RuntimeError, match=r"loss_weight must be \[L, 5\], got \[5\]"):
+        weighted_set_loss(*arguments[:6], torch.ones(5), **options)
+    empty = [torch.zeros(2, 0, 5, 4), torch.zeros(2, 0, 5, 4), arguments[2][:2, :0], *(x[:0] for x in arguments[3:5])]
+    with pytest.raises(RuntimeError, match="logits must have at least one image and one query"):
+        set_loss(*empty, torch.zeros(1, dtype=torch.int32))

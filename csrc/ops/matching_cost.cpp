@@ -1,0 +1,248 @@
+// The ops matching_cost and match.
+#include <limits>
+#include <tuple>
+
+#include "checks.h"
+#include "device.h"
+
+namespace detr::ops {
+namespace {
+
+struct CostOptions {
+  int64_t max_count;
+  double class_weight, box_weight, giou_weight;
+  std::string kind;
+  double alpha, gamma;
+};
+
+template <typename T>
+CostArguments<T> arguments_of(const char* op, const CostInputs& in, const CostOptions& options) {
+  const Tensor& logits = in.logits;
+  return {batch_of(op, in.offsets, logits.size(0), logits.size(2), in.labels.size(0)),
+          logits.size(3),
+          elements(op, "logits", logits),
+          elements(op, "boxes", in.boxes),
+          in.labels.const_data_ptr<int64_t>(),
+          in.target_boxes.const_data_ptr<float>(),
+          T(options.class_weight),
+          T(options.box_weight),
+          T(options.giou_weight),
+          class_kind(op, options.kind),
+          T(options.alpha),
+          T(options.gamma)};
+}
+
+// The status packs a position into one integer.
+void check_packable(const char* op, const Batch& batch, int64_t most_targets) {
+  const auto check_fits = [op](const char* name, int64_t count, int bits) {
+    check(count < int64_t(1) << bits, op, ": at most ", (int64_t(1) << bits) - 1, " ", name, ", got ", count);
+  };
+  check_fits("layers", batch.layers, kLayerBits);
+  check_fits("images", batch.images, kImageBits);
+  check_fits("queries", batch.queries, kQueryBits);
+  check_fits("targets in one image", most_targets, kTargetBits);
+}
+
+void check_status(const char* op, const std::optional<Tensor>& status) {
+  if (!status) return;
+  check_shape(op, "status", *status, {2}, "[2]");
+  check_type(op, "status", *status, ScalarType::Long, "int64");
+  check(status->is_contiguous(), op, ": status must be contiguous");
+}
+
+#if !defined(DETR_EMULATED)
+// Adds the number of forbidden pairs; the earliest position wins over later ones.
+void add_to_status(const std::optional<Tensor>& status, const std::vector<Forbidden>& forbidden) {
+  if (!status) return;
+  constexpr int64_t kNowhere = std::numeric_limits<int64_t>::max();
+  int64_t* data = status->mutable_data_ptr<int64_t>();
+  for (const Forbidden& problem : forbidden) {
+    data[0] += problem.count;
+    data[1] = std::max(data[1], kNowhere - problem.first);
+  }
+}
+
+// Calls kernel(arguments, forbidden, begin, end) for all problems.
+template <typename T, typename Kernel>
+void run_on_host(const char* op, const CostArguments<T>& arguments, int64_t max_count,
+                 const std::optional<Tensor>& status, Kernel kernel) {
+  const Batch& batch = arguments.batch;
+  check_offsets(op, batch, max_count);
+  int64_t most_targets = 0;
+  for (int64_t b = 0; b < batch.images; ++b)
+    most_targets = std::max<int64_t>(most_targets, batch.offsets[b + 1] - batch.offsets[b]);
+  check_packable(op, batch, most_targets);
+  std::vector<Forbidden> forbidden(batch.layers * batch.images);
+  const double targets = double(batch.targets) / std::max<int64_t>(batch.images, 1);
+  const double work = double(batch.queries) * (double(arguments.classes) + targets);
+  in_parallel(batch.layers * batch.images, work,
+              [&](int64_t begin, int64_t end) { kernel(forbidden.data(), begin, end); });
+  add_to_status(status, forbidden);
+}
+
+template <typename T>
+Tensor matching_cost_on_host(const CostInputs& in, const CostOptions& options, const std::optional<Tensor>& status) {
+  const auto arguments = arguments_of<T>("matching_cost", in, options);
+  const Batch& batch = arguments.batch;
+  const bool full = batch.offsets[batch.images] == batch.targets;
+  Tensor cost = full ? torch::stable::new_empty(in.logits, {batch.layers, batch.targets, batch.queries}, kScalarType<T>)
+                     : new_filled(in.logits, {batch.layers, batch.targets, batch.queries}, kScalarType<T>, 0);
+  T* out = cost.template mutable_data_ptr<T>();
+  run_on_host("matching_cost", arguments, options.max_count, status,
+              [&](Forbidden* forbidden, int64_t begin, int64_t end) {
+                if constexpr (sizeof(T) == 8) {
+                  cpu::kernels().matching_cost_double(arguments, out, forbidden, begin, end);
+                } else {
+                  cpu::kernels().matching_cost_float(arguments, out, forbidden, begin, end);
+                }
+              });
+  return cost;
+}
+
+Tensor matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
+                     std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
+                     double giou_weight, std::string kind, double alpha, double gamma) {
+  const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
+  check_status("matching_cost", status);
+  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  return needs_double(logits, boxes) ? matching_cost_on_host<double>(in, options, status)
+                                     : matching_cost_on_host<float>(in, options, status);
+}
+
+template <typename T>
+Tensor match_on_host(const CostInputs& in, const CostOptions& options, const std::optional<Tensor>& status) {
+  const auto arguments = arguments_of<T>("match", in, options);
+  const Batch& batch = arguments.batch;
+  Tensor query_of_target = new_filled(in.logits, {batch.layers, batch.targets}, ScalarType::Int, -1);
+  int32_t* out = query_of_target.mutable_data_ptr<int32_t>();
+  run_on_host("match", arguments, options.max_count, status, [&](Forbidden* forbidden, int64_t begin, int64_t end) {
+    if constexpr (sizeof(T) == 8) {
+      cpu::kernels().match_double(arguments, out, forbidden, begin, end);
+    } else {
+      cpu::kernels().match_float(arguments, out, forbidden, begin, end);
+    }
+  });
+  return query_of_target;
+}
+
+Tensor match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
+             std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
+             double giou_weight, std::string kind, double alpha, double gamma) {
+  const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
+  check_status("match", status);
+  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  return needs_double(logits, boxes) ? match_on_host<double>(in, options, status)
+                                     : match_on_host<float>(in, options, status);
+}
+#endif
+
+#if defined(DETR_WITH_CUDA)
+int64_t* status_data(const char* op, const std::optional<Tensor>& status, const Tensor& logits) {
+  check_status(op, status);
+  if (!status) return nullptr;
+  check_device(op, "status", *status, logits, "logits");
+  return status->mutable_data_ptr<int64_t>();
+}
+
+void enqueue_cost(const CostArguments<float>& a, Tensor& cost, uint64_t* minima, int64_t* status, void* stream) {
+  cuda::matching_cost(a, cost.mutable_data_ptr<float>(), minima, status, stream);
+}
+void enqueue_cost(const CostArguments<double>& a, Tensor& cost, uint64_t*, int64_t* status, void* stream) {
+  cuda::matching_cost(a, cost.mutable_data_ptr<double>(), status, stream);
+}
+void enqueue_assign(const AssignmentArguments<float>& a, const uint64_t* minima, const cuda::AssignPlan& plan,
+                    void* scratch, void* stream) {
+  cuda::assign(a, minima, plan, scratch, stream);
+}
+void enqueue_assign(const AssignmentArguments<double>& a, const uint64_t*, const cuda::AssignPlan& plan, void* scratch,
+                    void* stream) {
+  cuda::assign(a, plan, scratch, stream);
+}
+
+template <typename T>
+Tensor new_cost(const Tensor& like, const Batch& batch) {
+  return torch::stable::new_empty(like, {batch.layers, batch.targets, batch.queries}, kScalarType<T>);
+}
+
+template <typename T>
+Tensor matching_cost_on_device(const CostInputs& in, const CostOptions& options, int64_t* status, void* stream) {
+  const auto arguments = arguments_of<T>("matching_cost", in, options);
+  check_packable("matching_cost", arguments.batch, options.max_count);
+  Tensor cost = new_cost<T>(in.logits, arguments.batch);
+  if (arguments.batch.images == 0) torch::stable::fill_(cost, 0);
+  enqueue_cost(arguments, cost, nullptr, status, stream);
+  return cost;
+}
+
+Tensor matching_cost_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
+                          std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
+                          double giou_weight, std::string kind, double alpha, double gamma) {
+  const OnDevice device(logits);
+  const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
+  check_devices("matching_cost", in);
+  int64_t* found = status_data("matching_cost", status, logits);
+  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  return needs_double(logits, boxes) ? matching_cost_on_device<double>(in, options, found, device.stream())
+                                     : matching_cost_on_device<float>(in, options, found, device.stream());
+}
+
+template <typename T>
+Tensor match_on_device(const CostInputs& in, const CostOptions& options, int64_t* status, void* stream) {
+  const auto arguments = arguments_of<T>("match", in, options);
+  const Batch& batch = arguments.batch;
+  check_packable("match", batch, options.max_count);
+  Tensor query_of_target = torch::stable::new_empty(in.logits, {batch.layers, batch.targets}, ScalarType::Int);
+  if (batch.images == 0) torch::stable::fill_(query_of_target, -1);
+  Tensor cost = new_cost<T>(in.logits, batch);
+  const int64_t segments = sizeof(T) == sizeof(float) ? cuda::minima_segments(batch.queries) : 0;
+  const Tensor minima = torch::stable::new_empty(in.logits, {batch.layers, batch.targets, segments}, ScalarType::Long);
+  auto* least = segments ? static_cast<uint64_t*>(minima.mutable_data_ptr()) : nullptr;
+  enqueue_cost(arguments, cost, least, status, stream);
+
+  const ElementType type = sizeof(T) == sizeof(float) ? ElementType::kFloat32 : ElementType::kFloat64;
+  const auto plan = cuda::assign_plan(batch, options.max_count < 0 ? batch.targets : options.max_count, type);
+  const Tensor scratch = new_bytes(in.logits, batch.layers * batch.images * int64_t(plan.scratch_bytes));
+  const AssignmentArguments<T> assignment = {batch, cost.template const_data_ptr<T>(),
+                                             query_of_target.mutable_data_ptr<int32_t>(), nullptr, nullptr};
+  enqueue_assign(assignment, least, plan, scratch.mutable_data_ptr(), stream);
+  return query_of_target;
+}
+
+Tensor match_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
+                  std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
+                  double giou_weight, std::string kind, double alpha, double gamma) {
+  const OnDevice device(logits);
+  const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
+  check_devices("match", in);
+  int64_t* found = status_data("match", status, logits);
+  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  return needs_double(logits, boxes) ? match_on_device<double>(in, options, found, device.stream())
+                                     : match_on_device<float>(in, options, found, device.stream());
+}
+#endif
+
+}  // namespace
+}  // namespace detr::ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETR_LIBRARY, m) {
+  const std::string arguments =
+      "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, Tensor(a!)? status, "
+      "SymInt max_count, float class_weight, float box_weight, float giou_weight, str kind, float alpha, float gamma) "
+      "-> Tensor";
+  m.def(("matching_cost" + arguments).c_str());
+  m.def(("match" + arguments).c_str());
+}
+
+#if !defined(DETR_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(DETR_LIBRARY, CPU, m) {
+  m.impl("matching_cost", TORCH_BOX(&detr::ops::matching_cost));
+  m.impl("match", TORCH_BOX(&detr::ops::match));
+}
+#endif
+
+#if defined(DETR_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(DETR_LIBRARY, DETR_CUDA_KEY, m) {
+  m.impl("matching_cost", TORCH_BOX(&detr::ops::matching_cost_cuda));
+  m.impl("match", TORCH_BOX(&detr::ops::match_cuda));
+}
+#endif

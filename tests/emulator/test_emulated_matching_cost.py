@@ -1,0 +1,109 @@
+"""The CUDA kernels of matching_cost and match, emulated: the bits of the CPU kernels. Definitions: tests/ops."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from ops.problems import predictions_and_targets
+from torch import Tensor
+
+from benchmarks.scenes import scene
+from detr_fast.ops import ForbiddenPairs
+from detr_fast.structures import Targets, offsets_of
+
+KINDS = ["softmax", "focal", "focal_stable"]
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+WEIGHTS = (1.0, 5.0, 2.0)
+
+
+def run(library: str, op: str, *inputs: Tensor, kind: str = "softmax", max_count: int = -1) -> tuple[Tensor, Tensor]:
+    status = ForbiddenPairs.new_status()
+    function = getattr(getattr(torch.ops, library), op).default
+    return function(*inputs, status, max_count, *WEIGHTS, kind, 0.25, 2.0), status
+
+
+def assert_same(*inputs: Tensor, kind: str = "softmax", max_count: int = -1) -> None:
+    """Cost, assignment and status are those of the CPU, NaN where it has NaN."""
+    for op in ("matching_cost", "match"):
+        ours, our_status = run("detr_fast_emulated", op, *inputs, kind=kind, max_count=max_count)
+        theirs, their_status = run("detr_fast", op, *inputs, kind=kind)
+        assert torch.equal(our_status, their_status)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_costs_and_assignments_have_the_bits_of_the_cpu(emulator: ModuleType, kind: str, dtype: torch.dtype) -> None:
+    for queries, classes, counts in ((100, 92, (3, 0, 17)), (64, 16, (65,)), (130, 3, (2, 1)), (31, 91, (31, 40, 1))):
+        inputs = predictions_and_targets(counts, 2, queries, classes, dtype)
+        assert_same(*inputs, kind=kind, max_count=max(counts))
+
+
+@pytest.mark.parametrize("kind", ["trained", "mid", "init", "identical", "duplicates"])
+def test_scenes(emulator: ModuleType, kind: str) -> None:
+    made = scene(kind, [12, 0, 40, 3], 100, layers=2)  # type: ignore[arg-type]
+    packed = Targets.pack(made.targets)
+    targets = (packed.labels, packed.boxes, packed.offsets)
+    assert_same(made.predictions.logits, made.predictions.boxes, *targets, max_count=40)
+
+
+def test_more_classes_than_shared_memory_holds(emulator: ModuleType) -> None:
+    for classes in (383, 384, 385, 1204):
+        assert_same(*predictions_and_targets((3, 5), 1, 40, classes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_faults_are_counted_and_named(emulator: ModuleType, kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for share in (0.002, 0.3):
+        logits, boxes, labels, target_boxes, offsets = predictions_and_targets((6, 0, 9), 3, 70, 11)
+        logits[torch.rand(logits.shape, generator=generator) < share] = torch.nan
+        logits[torch.rand(logits.shape, generator=generator) < share] = torch.inf
+        boxes[torch.rand(boxes.shape, generator=generator) < share] = -0.5
+        target_boxes[3, 2:] = 0
+        boxes[1, 0, 7, 2:] = 0
+        labels[7] = 99
+        assert_same(logits, boxes, labels, target_boxes, offsets, kind=kind)
+
+
+def test_status_keeps_the_first_of_several_calls(emulator: ModuleType) -> None:
+    logits, *rest = predictions_and_targets()
+    status = ForbiddenPairs.new_status()
+    for layer in (1, 2):
+        damaged = logits.clone()
+        damaged[layer, 2, 4] = torch.nan
+        torch.ops.detr_fast_emulated.match.default(damaged, *rest, status, -1, *WEIGHTS, "softmax", 0.25, 2.0)
+    found = ForbiddenPairs.read(status)
+    assert found is not None
+    assert (found.count, found.layer, found.image, found.query) == (14, 1, 2, 4)
+
+
+def test_capacity_past_the_last_offset(emulator: ModuleType) -> None:
+    logits, boxes, labels, target_boxes, offsets = predictions_and_targets()
+    spare = (torch.cat([labels, labels[:4]]), torch.cat([target_boxes, torch.full((4, 4), torch.nan)]), offsets)
+    assert_same(logits, boxes, *spare)
+    assert_same(logits, boxes, *spare[:2], torch.zeros_like(offsets))
+    assert_same(logits[:, :0], boxes[:, :0], *spare[:2], offsets_of([]))
+
+
+@pytest.mark.parametrize("op", ["matching_cost", "match"])
+def test_every_schedule_gives_the_same_bits(emulator: ModuleType, op: str) -> None:
+    inputs = predictions_and_targets((5, 20), 2, 70, 12)
+    inputs[0][0, 0, 3] = torch.nan
+    results = []
+    for seed in range(5):
+        emulator.use_schedule(seed)
+        results.append(run("detr_fast_emulated", op, *inputs))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_launches(emulator: ModuleType) -> None:
+    inputs = predictions_and_targets(layers=6)
+    for op, launches in (("matching_cost", 1), ("match", 2)):
+        before = emulator.counts()
+        run("detr_fast_emulated", op, *inputs)
+        after = emulator.counts()
+        assert (after[0] - before[0], after[1] - before[1]) == (launches, 0)
