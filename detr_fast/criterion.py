@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from detr_fast.captured import CapturedCriterion
 from detr_fast.losses import mask_losses
 from detr_fast.matcher import HungarianMatcher, check_batch_size, check_class_options, queries_of
 from detr_fast.ops.matching_cost import ClassKind
-from detr_fast.ops.set_loss import TERMS, set_loss
+from detr_fast.ops.set_loss import TERMS, set_loss, weighted_set_loss
 from detr_fast.structures import Predictions, Targets
 
 # Entries of a layer's losses under the names of facebookresearch/detr: name, term of set_loss, differentiable.
@@ -37,7 +38,8 @@ class SetCriterion(nn.Module):
     are matched in one call and their losses and gradients computed in another; nothing is read back from a device.
 
     Box losses are divided by the mean number of targets over all ranks, at least 1; ``loss_ce`` of kind softmax by the
-    sum of its weights on this rank. :meth:`weighted_sum` is what to differentiate.
+    sum of its weights on this rank. :meth:`weighted_sum` is what to differentiate. :meth:`weighted_loss` computes both
+    in three launches and one for the gradient, :meth:`capture` makes a CUDA graph of it.
 
     Args:
         num_classes: without "no object".
@@ -90,40 +92,87 @@ class SetCriterion(nn.Module):
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = eos_coef
         self.register_buffer("empty_weight", empty_weight)
-        self._weights: dict[tuple[Any, ...], Tensor] = {}
+        self._weight_tensors: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(
         self,
         outputs: Predictions | Mapping[str, Any],
         targets: Targets | Sequence[Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
+        matched = self._matched(outputs, targets)
+        losses = self._named(set_loss(*matched.arguments(), *self._loss_options(matched.num_boxes)))
+        return losses | self._mask_losses(matched)
+
+    def weighted_loss(
+        self,
+        outputs: Predictions | Mapping[str, Any],
+        targets: Targets | Sequence[Mapping[str, Tensor]],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum to differentiate, ``[]``, and all entries, detached, for the log.
+
+        As ``losses = criterion(outputs, targets)`` and ``criterion.weighted_sum(losses)``, but the sum and its gradient
+        are computed with the losses: on a CUDA device three launches for matching and losses (without masks) and one
+        for the gradient, of all layers.
+        """
+        matched = self._matched(outputs, targets)
+        layers = len(matched.predictions.logits)
+        weight = self._weights_of(
+            self._entries(layers), layers * len(TERMS), matched.predictions.logits.device, torch.float32
+        )
+        values = weighted_set_loss(
+            *matched.arguments(), weight.view(layers, len(TERMS)), *self._loss_options(matched.num_boxes)
+        )
+        flat = values.losses.detach().flatten().unbind()
+        losses = {name: flat[position] for name, position, _ in self._entries(layers)}
+        total = values.total
+        masks = self._mask_losses(matched)
+        for name, value in masks.items():
+            total = total + self.weight_dict.get(name, 0.0) * value
+            losses[name] = value.detach()
+        return total, losses
+
+    def capture(self, example: Predictions, capacity: int, max_count: int | None = None) -> CapturedCriterion:
+        """:meth:`weighted_loss` and its gradient as a CUDA graph, for predictions of the shape of `example`.
+
+        Takes up to `capacity` targets in all and `max_count` (default: `capacity`) in one image; a tight bound saves
+        shared memory. See :class:`CapturedCriterion`.
+
+        Raises:
+            ValueError: masks, a matcher of another class, or one that looks at the device (``invalid="raise"``).
+        """
+        on_device = example.logits.device.type != "cpu"
+        if "masks" in self.losses:
+            raise ValueError("SetCriterion.capture: losses must not have 'masks', whose shapes follow the targets")
+        if not isinstance(self.matcher, HungarianMatcher):
+            raise ValueError(f"SetCriterion.capture: matcher must be a HungarianMatcher, got {type(self.matcher)}")
+        if on_device and self.matcher.invalid == "raise":
+            raise ValueError("SetCriterion.capture: the matcher's invalid must be 'skip' or None, got 'raise'")
+        return CapturedCriterion(self.weighted_loss, example, capacity, max_count)
+
+    def _matched(
+        self, outputs: Predictions | Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
+    ) -> _Matched:
         predictions = outputs if isinstance(outputs, Predictions) else Predictions.from_dict(outputs)
         self._check_classes(predictions)
         check_batch_size("SetCriterion", predictions.logits.shape[1], len(targets))
         packed = targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
         packed = packed.to(predictions.logits.device)
         query_of_target = self._match(predictions, packed, outputs, targets)
-        num_boxes = mean_box_count(packed.offsets)
-        values = set_loss(
-            predictions.logits,
-            predictions.boxes,
-            query_of_target,
-            packed.labels,
-            packed.boxes,
-            packed.offsets,
-            num_boxes,
-            self.empty_weight.float() if self.kind == "softmax" else None,
-            self.kind,
-            self.alpha,
-            self.gamma,
-        )
-        losses = self._named(values)
-        if "masks" in self.losses:
-            if predictions.masks is None:
-                raise ValueError("SetCriterion: losses has 'masks', but outputs has no 'pred_masks'")
-            pair = mask_losses(predictions.masks, query_of_target[-1], packed, num_boxes)
-            losses["loss_mask"], losses["loss_dice"] = pair
-        return losses
+        return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets))
+
+    def _loss_options(self, num_boxes: Tensor | None) -> tuple[Tensor | None, Tensor | None, ClassKind, float, float]:
+        class_weight = self.empty_weight.float() if self.kind == "softmax" else None
+        return num_boxes, class_weight, self.kind, self.alpha, self.gamma
+
+    def _mask_losses(self, matched: _Matched) -> dict[str, Tensor]:
+        if "masks" not in self.losses:
+            return {}
+        masks, targets = matched.predictions.masks, matched.targets
+        if masks is None:
+            raise ValueError("SetCriterion: losses has 'masks', but outputs has no 'pred_masks'")
+        num_boxes = targets.offsets[-1].float() if matched.num_boxes is None else matched.num_boxes
+        pair = mask_losses(masks, matched.query_of_target[-1], targets, num_boxes.clamp(min=1))
+        return dict(zip(("loss_mask", "loss_dice"), pair, strict=True))
 
     def _check_classes(self, predictions: Predictions) -> None:
         expected = self.num_classes + (self.kind == "softmax")
@@ -146,35 +195,50 @@ class SetCriterion(nn.Module):
             pairs = [self.matcher(layer, targets) for layer in (*outputs.get("aux_outputs", ()), last)]
         return torch.stack([queries_of(layer, packed, predictions.logits.shape[2]) for layer in pairs])
 
-    def _named(self, values: Tensor) -> dict[str, Tensor]:
-        """``[L, terms]`` under the published names, last layer first."""
-        count = len(values)
-        # Clones, because callers multiply entries in place.
-        differentiable = [value.clone() for value in values.flatten().unbind()]
-        constant = values.detach().clone().flatten().unbind()
-        losses = {}
-        for layer in (count - 1, *range(count - 1)):
-            suffix = "" if layer == count - 1 else f"_{layer}"
+    def _entries(self, layers: int) -> Iterator[tuple[str, int, bool]]:
+        """Published names, last layer first; position in the flat losses ``[L * terms]``; whether it has a gradient."""
+        for layer in (layers - 1, *range(layers - 1)):
+            suffix = "" if layer == layers - 1 else f"_{layer}"
             for name in self.losses:
                 for entry, term, has_gradient in _ENTRIES[name]:
                     if entry == "class_error" and suffix:
                         continue
-                    index = layer * len(TERMS) + TERMS.index(term)
-                    losses[entry + suffix] = (differentiable if has_gradient else constant)[index]
-        return losses
+                    yield entry + suffix, layer * len(TERMS) + TERMS.index(term), has_gradient
+
+    def _named(self, values: Tensor) -> dict[str, Tensor]:
+        """``[L, terms]`` under the published names."""
+        entries = list(self._entries(len(values)))
+        if torch.compiler.is_compiling():  # which makes one launch of them
+            flat = values.flatten().unbind()
+            return {name: flat[at].clone() if keeps else flat[at].detach().clone() for name, at, keeps in entries}
+        tensors = _Entries.apply(values, [at for _, at, _ in entries], [keeps for _, _, keeps in entries])
+        return {name: tensor for (name, _, _), tensor in zip(entries, tensors, strict=True)}
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Sum of the entries that `weight_dict` names, times their weights: ``[]``."""
-        names = tuple(name for name in losses if name in self.weight_dict)
+        names = [name for name in losses if name in self.weight_dict]
+        values = [losses[name] for name in names]
+        positions = [(name, position, True) for position, name in enumerate(names)]
         if not names:
             raise ValueError(f"SetCriterion: weight_dict names none of the losses {', '.join(losses)}")
-        values = torch.stack([losses[name] for name in names])
-        key = (*((name, self.weight_dict[name]) for name in names), values.device, values.dtype)
-        if key not in self._weights:
+        weights = self._weights_of(positions, len(names), values[0].device, values[0].dtype)
+        return (torch.stack(values) * weights).sum()
+
+    def _weights_of(
+        self, entries: Iterable[tuple[str, int, bool]], count: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:  # [count]
+        """Weights at the positions of the entries that have one, 0 elsewhere; kept for the next call."""
+        weights = [0.0] * count
+        for name, position, _ in entries:
+            weights[position] = self.weight_dict.get(name, 0.0)
+        key = (*weights, device, dtype)
+        if key not in self._weight_tensors:
             with torch.inference_mode(False):  # the tensor is kept for steps that do differentiate
-                weights = torch.tensor([self.weight_dict[name] for name in names], dtype=values.dtype)
-                self._weights = {key: weights.to(values.device)}
-        return (values * self._weights[key]).sum()
+                # A Parameter, whose shape torch.compile takes as fixed.
+                tensor = nn.Parameter(torch.tensor(weights, dtype=dtype).to(device, non_blocking=True), False)
+            latest = list(self._weight_tensors.items())[-3:]  # weights that are scheduled must not pile up
+            self._weight_tensors = {**dict(latest), key: tensor}
+        return self._weight_tensors[key]
 
     def matcher_report(self) -> str | None:
         """What the matcher skipped since the last report, or None. Waits for the device."""
@@ -182,10 +246,46 @@ class SetCriterion(nn.Module):
         return None if forbidden is None else str(forbidden)
 
 
-def mean_box_count(offsets: Tensor) -> Tensor:
-    """Targets of all ranks divided by the number of ranks, at least 1: ``[]`` float32 on the device."""
+class _Matched(NamedTuple):
+    """Predictions and targets of a batch, and which belong together."""
+
+    predictions: Predictions
+    targets: Targets
+    query_of_target: Tensor  # [L, T] int32
+    num_boxes: Tensor | None  # of mean_box_count
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        predictions, targets = self.predictions, self.targets
+        pairs = (predictions.logits, predictions.boxes, self.query_of_target)
+        return (*pairs, targets.labels, targets.boxes, targets.offsets)
+
+
+class _Entries(torch.autograd.Function):
+    """Numbers of a tensor as tensors of their own, without a copy of each: callers multiply them in place."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, positions: list[int], keeps_gradient: list[bool]) -> tuple[Tensor, ...]:
+        flat = values.flatten().unbind()
+        entries = tuple(flat[position].data for position in positions)  # data: no view of one another
+        ctx.mark_non_differentiable(*(x for x, keeps in zip(entries, keeps_gradient, strict=True) if not keeps))
+        ctx.set_materialize_grads(False)
+        ctx.positions, ctx.shape = positions, values.shape
+        return entries
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        known = {at: x for at, x in zip(ctx.positions, gradients, strict=True) if x is not None}
+        if not known:
+            return None, None, None
+        zero = torch.zeros_like(next(iter(known.values())))
+        flat = [known.get(position, zero) for position in range(ctx.shape.numel())]
+        return torch.stack(flat).view(ctx.shape), None, None
+
+
+def mean_box_count(offsets: Tensor) -> Tensor | None:
+    """Targets of all ranks divided by the number of ranks, ``[]`` float32 on the device; None if there is one rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
     count = offsets[-1].to(torch.float32)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp(min=1)
+    dist.all_reduce(count)
+    return count / dist.get_world_size()

@@ -197,6 +197,44 @@ class Targets:
             f"targets of {where}: box must be (cx, cy, w, h) with w and h at least 0, got {self.boxes[row].tolist()}"
         )
 
+    @classmethod
+    def with_capacity(
+        cls, images: int, capacity: int, max_count: int | None = None, device: torch.device | str | None = None
+    ) -> Targets:
+        """Memory for up to `capacity` targets in all, `max_count` in one image, for :meth:`copy_`; empty at first.
+
+        Its shapes never change, as a CUDA graph needs it.
+        """
+        most = capacity if max_count is None else max_count
+        if not 0 <= most <= capacity:
+            raise ValueError(f"Targets.with_capacity: max_count must be in [0, {capacity}], got {most}")
+        shapes = ((capacity,), torch.int64), ((capacity, 4), torch.float32), ((images + 1,), torch.int32)
+        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes]
+        pieces = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+        parts = [piece.view(dtype).view(shape) for piece, (shape, dtype) in zip(pieces, shapes, strict=True)]
+        return cls(parts[0], parts[1], parts[2], most)
+
+    def copy_(self, other: Targets) -> None:
+        """Takes over the targets of `other`, which must fit; from the CPU to a CUDA device in one asynchronous copy.
+
+        Raises:
+            ValueError: another number of images, more targets than there is room for, or masks.
+        """
+        if len(other) != len(self):
+            raise ValueError(f"Targets.copy_: targets must be of {len(self)} images, got {len(other)}")
+        if len(other.labels) > len(self.labels) or other.max_count > self.max_count:
+            raise ValueError(
+                f"Targets.copy_: at most {len(self.labels)} targets, {self.max_count} in one image, got "
+                f"{len(other.labels)} and {other.max_count}"
+            )
+        if other.masks is not None:
+            raise ValueError("Targets.copy_: masks have no room here")
+        other = other.to(self.labels.device)
+        count = len(other.labels)
+        self.labels[:count].copy_(other.labels)
+        self.boxes[:count].copy_(other.boxes)
+        self.offsets.copy_(other.offsets)
+
     def to(self, device: torch.device | str) -> Targets:
         """On a CUDA device: everything but masks in one pinned buffer and one asynchronous copy."""
         device = torch.device(device)

@@ -32,8 +32,8 @@ def batch(counts: tuple[int, ...] = (3, 0, 5), seed: int = 0) -> tuple[Predictio
     return Predictions(logits, boxes), targets
 
 
-def criterion_of(losses: list[str] = LOSSES, **options) -> SetCriterion:
-    return SetCriterion(7, HungarianMatcher(1, 5, 2), WEIGHTS, 0.1, losses, **options)
+def criterion_of(losses: list[str] = LOSSES, invalid=None, **options) -> SetCriterion:
+    return SetCriterion(7, HungarianMatcher(1, 5, 2, invalid=invalid), WEIGHTS, 0.1, losses, **options)
 
 
 def test_dictionaries_and_structures_give_the_same() -> None:
@@ -64,6 +64,104 @@ def test_weighted_sum_uses_the_weights_that_are_named() -> None:
     torch.testing.assert_close(criterion.weighted_sum(losses), expected)
     with pytest.raises(ValueError, match="weight_dict names none of the losses class_error"):
         criterion.weighted_sum({"class_error": losses["class_error"]})
+
+
+def gradients_of(total: torch.Tensor, predictions: Predictions) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(total, (predictions.logits, predictions.boxes), retain_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("losses", [LOSSES, ["boxes"], ["labels"]])
+def test_weighted_loss_is_the_weighted_sum(losses: list[str], dtype: torch.dtype) -> None:
+    predictions, targets = batch()
+    predictions = Predictions(*(x.to(dtype).requires_grad_() for x in (predictions.logits, predictions.boxes)))
+    criterion = criterion_of(losses)
+    entries = criterion(predictions, Targets.pack(targets))
+    total, logged = criterion.weighted_loss(predictions, Targets.pack(targets))
+    assert list(logged) == list(entries)
+    assert all(torch.equal(logged[name], entries[name]) and not logged[name].requires_grad for name in entries)
+    expected = criterion.weighted_sum(entries)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(total, expected, rtol=8 * torch.finfo(total.dtype).eps, atol=0)
+    for ours, theirs in zip(gradients_of(total, predictions), gradients_of(expected, predictions), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=4 * eps * float(theirs.abs().max()))
+
+
+def test_weighted_loss_follows_weights_that_change() -> None:
+    predictions, targets = batch()
+    criterion, packed = criterion_of(), Targets.pack(targets)
+    criterion.weight_dict = dict(WEIGHTS)
+    before = criterion.weighted_loss(predictions, packed)[0]
+    for factor in range(2, 9):
+        criterion.weight_dict = {name: factor * weight for name, weight in WEIGHTS.items()}
+        torch.testing.assert_close(criterion.weighted_loss(predictions, packed)[0], factor * before)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Operators that compute something; views and allocations are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and not function.name().startswith(("aten::empty", "aten::detach", "aten::new_empty")):
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_weighted_loss_is_two_operators_and_its_gradient_one() -> None:
+    predictions, targets = batch()
+    predictions = Predictions(*(x.requires_grad_() for x in (predictions.logits, predictions.boxes)))
+    criterion, packed = criterion_of(invalid="skip"), Targets.pack(targets)
+    criterion.weighted_loss(predictions, packed)  # keeps the weights
+    with Calls() as forward:
+        total, _ = criterion.weighted_loss(predictions, packed)
+    assert forward.names == ["detr_fast::match", "detr_fast::set_loss"]
+    with Calls() as backward:
+        total.backward()
+    assert [name for name in backward.names if name != "aten::ones_like"] == ["detr_fast::set_loss_backward"]
+
+
+def test_entries_cost_no_operator_each() -> None:
+    predictions, targets = batch()
+    criterion, packed = criterion_of(invalid="skip"), Targets.pack(targets)
+    with Calls() as calls:
+        criterion(predictions, packed)
+    assert calls.names == ["detr_fast::match", "detr_fast::set_loss"]
+
+
+def test_captured_criterion_follows_changing_targets() -> None:
+    criterion = criterion_of(invalid="skip")
+    captured = criterion.capture(batch()[0], capacity=20, max_count=9)
+    for seed, counts in enumerate([(3, 0, 5), (9, 9, 2), (0, 0, 0), (1, 2, 3)]):
+        predictions, targets = batch(counts, seed)
+        predictions = Predictions(*(x.requires_grad_() for x in (predictions.logits, predictions.boxes)))
+        packed = Targets.pack(targets)
+        total, entries = captured(predictions, packed)
+        expected, expected_entries = criterion.weighted_loss(predictions, packed)
+        assert torch.equal(total, expected)
+        assert all(torch.equal(entries[name], expected_entries[name]) for name in expected_entries)
+        ours, theirs = gradients_of(3 * total, predictions), gradients_of(3 * expected, predictions)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=0)
+
+
+def test_what_does_not_fit_the_capture_is_refused() -> None:
+    predictions, targets = batch()
+    captured = criterion_of().capture(predictions, capacity=8, max_count=5)
+    with pytest.raises(ValueError, match=r"logits must be \[2, 3, 9, 8\] torch.float32 on cpu as captured, got \[1,"):
+        captured(Predictions(predictions.logits[:1], predictions.boxes[:1]), Targets.pack(targets))
+    with pytest.raises(ValueError, match="at most 8 targets, 5 in one image, got 9 and 3"):
+        captured(predictions, Targets.pack(batch((3, 3, 3))[1]))
+    with pytest.raises(ValueError, match="at most 8 targets, 5 in one image, got 6 and 6"):
+        captured(predictions, Targets.pack(batch((6, 0, 0))[1]))
+    with pytest.raises(ValueError, match="targets must be of 3 images, got 2"):
+        captured(predictions, Targets.pack(batch((1, 1))[1]))
+    with pytest.raises(ValueError, match="losses must not have 'masks'"):
+        criterion_of([*LOSSES, "masks"]).capture(predictions, 8)
+    with pytest.raises(ValueError, match="matcher must be a HungarianMatcher, got <class"):
+        SetCriterion(7, nn.Identity(), WEIGHTS, 0.1, LOSSES).capture(predictions, 8)
 
 
 def test_gradient_of_errors_is_absent() -> None:
@@ -200,10 +298,13 @@ def test_arguments_are_checked() -> None:
         criterion_of()(predictions.as_dict(), targets)
 
 
-def test_compiles_whole_and_not_again_when_targets_change() -> None:
-    criterion = SetCriterion(7, HungarianMatcher(1, 5, 2, invalid="skip"), WEIGHTS, 0.1, LOSSES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_whole_and_not_again_when_targets_change(fused: bool) -> None:
+    criterion = criterion_of(invalid="skip")
 
     def total(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> torch.Tensor:
+        if fused:
+            return criterion.weighted_loss(Predictions(logits, boxes), targets)[0]
         return criterion.weighted_sum(criterion(Predictions(logits, boxes), targets))
 
     torch._dynamo.reset()

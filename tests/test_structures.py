@@ -127,3 +127,21 @@ def test_targets_reach_the_device_in_one_copy() -> None:
     packed = Targets.pack([target([3, 1]), target([2])]).to("cuda")
     assert packed.labels.tolist() == [3, 1, 2]
     assert packed.boxes.data_ptr() - packed.labels.data_ptr() == 3 * 8
+
+
+def test_memory_of_fixed_capacity_takes_over_targets() -> None:
+    kept = Targets.with_capacity(images=2, capacity=6, max_count=4)
+    assert (len(kept), kept.max_count, kept.labels.shape, kept.offsets.tolist()) == (2, 4, (6,), [0, 0, 0])
+    addresses = [x.data_ptr() for x in (kept.labels, kept.boxes, kept.offsets)]
+    for counts in ((4, 2), (0, 1), (0, 0)):
+        given = Targets.pack([{"labels": torch.arange(n), "boxes": torch.rand(n, 4)} for n in counts])
+        kept.copy_(given)
+        assert torch.equal(kept.offsets, given.offsets)
+        assert torch.equal(kept.labels[: sum(counts)], given.labels)
+        assert torch.equal(kept.boxes[: sum(counts)], given.boxes)
+    assert addresses == [x.data_ptr() for x in (kept.labels, kept.boxes, kept.offsets)]
+    with pytest.raises(ValueError, match=r"max_count must be in \[0, 6\], got 7"):
+        Targets.with_capacity(2, 6, 7)
+    masked = [{"labels": torch.zeros(1).long(), "boxes": torch.rand(1, 4), "masks": torch.ones(1, 2, 2) > 0}] * 2
+    with pytest.raises(ValueError, match="masks have no room"):
+        kept.copy_(Targets.pack(masked))

@@ -24,12 +24,11 @@ def training_step(run: Run, batch: Batch) -> None:
     try:
         with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
             predictions = run.parallel(images)
-        losses = run.criterion(predictions, targets)
+        total, losses = run.criterion.weighted_loss(predictions, targets)
     except ValueError as error:
         if not str(error).startswith("HungarianMatcher"):  # which on a CPU looks at every cost
             raise
         raise TrainingError(_failure(run, place.step, batch.image_ids, str(error))) from error
-    total = run.criterion.weighted_sum(losses)
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     norm = clip_gradients(optimizer, run.config.optimizer.clip_norm)

@@ -1,13 +1,11 @@
 // Runs every CPU kernel on random problems: built with AddressSanitizer and UndefinedBehaviorSanitizer by
 // test_sanitizers.py. Scratch memory has exactly the size asked for, starts as NaN and moves at every call.
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
-#include <vector>
 
 #include "../../csrc/cpu/set_loss.h"
+#include "random.h"
 
 namespace detr::cpu {
 
@@ -28,38 +26,14 @@ namespace {
 using namespace detr;
 using namespace detr::cpu;
 
-std::mt19937 generator(1);
-
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-
-float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(generator); }
-
-std::vector<float> numbers(int64_t count, float low, float high) {
-  std::vector<float> list(count);
-  for (float& x : list) x = uniform(low, high);
-  return list;
-}
-
-// Costs with ties, NaN and infinity; every target gets at most one query and no query two targets.
 template <typename T>
 bool assignment_is_sound() {
-  const int64_t targets = integer(0, 40), queries = integer(1, 50), kind = integer(0, 3);
-  std::vector<T> cost(targets * queries);
-  for (T& x : cost) {
-    x = uniform(0, 1);
-    if (kind == 1) x = std::round(x * 3);
-    if (kind == 2 && uniform(0, 1) < 0.4f) x = std::nan("");
-    if (kind == 3 && uniform(0, 1) < 0.9f) x = HUGE_VAL;
-  }
-  std::vector<int32_t> query_of_target(targets), uses(queries);
+  const int64_t targets = integer(0, 40), queries = integer(1, 50);
+  const std::vector<T> cost = costs<T>(targets * queries);
+  std::vector<int32_t> query_of_target(targets);
   std::vector<T> target_price(targets), query_price(queries);
   solve_problem<T>(cost.data(), targets, queries, query_of_target.data(), target_price.data(), query_price.data());
-  for (int64_t t = 0; t < targets; ++t) {
-    const int32_t query = query_of_target[t];
-    if (query < -1 || query >= queries) return false;
-    if (query >= 0 && (uses[query]++ > 0 || !std::isfinite(cost[t * queries + query]))) return false;
-  }
-  return true;
+  return is_one_to_one(cost.data(), targets, queries, query_of_target.data());
 }
 
 template <typename T>

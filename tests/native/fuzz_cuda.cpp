@@ -1,0 +1,163 @@
+// Runs every CUDA kernel in the emulator on random problems: built with AddressSanitizer and UndefinedBehaviorSanitizer
+// by test_sanitizers.py. All arrays have exactly the size that the kernels are told.
+#include <cstdio>
+#include <cstring>
+
+#include "../../csrc/kernels.h"
+#include "../emulator/emulator.h"
+#include "random.h"
+
+namespace {
+
+using namespace detr;
+
+// Device memory as the ops allocate it: exactly so many bytes, all of them 1.
+std::vector<unsigned char> scratch_of(int64_t bytes) { return std::vector<unsigned char>(bytes, 0xff); }
+
+std::vector<int32_t> random_offsets(int64_t images, int64_t most) {
+  std::vector<int32_t> offsets = {0};
+  for (int64_t b = 0; b < images; ++b) offsets.push_back(offsets.back() + static_cast<int32_t>(integer(0, most)));
+  return offsets;
+}
+
+void enqueue(const AssignmentArguments<float>& a, const cuda::AssignPlan& plan, void* scratch) {
+  cuda::assign(a, nullptr, plan, scratch, nullptr);
+}
+void enqueue(const AssignmentArguments<double>& a, const cuda::AssignPlan& plan, void* scratch) {
+  cuda::assign(a, plan, scratch, nullptr);
+}
+
+template <typename T>
+bool assignment_is_sound() {
+  // Now and then so little shared memory that the scratch is used.
+  emulator::use_shared_memory_limit(integer(0, 3) == 0 ? integer(2, 16) * 1024 : size_t(1) << 20);
+  const int64_t layers = integer(1, 2), images = integer(1, 3), queries = integer(1, 50), most = integer(0, 70);
+  const std::vector<int32_t> offsets = random_offsets(images, most);
+  const int64_t targets = offsets.back() + integer(0, 2);
+  const std::vector<T> cost = costs<T>(layers * targets * queries);
+  std::vector<int32_t> query_of_target(layers * targets);
+  std::vector<T> target_price(layers * targets), query_price(layers * images * queries);
+  const Batch batch = {layers, images, queries, targets, offsets.data()};
+  const auto plan = cuda::assign_plan(batch, most, sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
+  auto scratch = scratch_of(layers * images * int64_t(plan.scratch_bytes));
+  enqueue(AssignmentArguments<T>{batch, cost.data(), query_of_target.data(), target_price.data(), query_price.data()},
+          plan, scratch.data());
+  for (int64_t p = 0; p < layers * images; ++p) {
+    const int64_t first = p / images * targets + offsets[p % images];
+    const int64_t count = offsets[p % images + 1] - offsets[p % images];
+    if (!is_one_to_one(cost.data() + first * queries, count, queries, query_of_target.data() + first)) return false;
+  }
+  return true;
+}
+
+void enqueue(const CostArguments<float>& a, float* cost, uint64_t* minima, int64_t* status) {
+  cuda::matching_cost(a, cost, minima, status, nullptr);
+}
+void enqueue(const CostArguments<double>& a, double* cost, uint64_t*, int64_t* status) {
+  cuda::matching_cost(a, cost, status, nullptr);
+}
+
+// Numbers of 2, 4 or 8 bytes, as the type wants them.
+std::vector<unsigned char> elements(ElementType type, const std::vector<float>& numbers) {
+  const size_t size = type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
+  std::vector<unsigned char> bytes(numbers.size() * size);
+  for (size_t k = 0; k < numbers.size(); ++k) {
+    const double wide = numbers[k];
+    uint32_t bits;
+    std::memcpy(&bits, &numbers[k], 4);
+    const uint16_t half = static_cast<uint16_t>(bits >> 16);  // bfloat16; read as float16 it is some number as well
+    std::memcpy(bytes.data() + k * size,
+                size == 8   ? static_cast<const void*>(&wide)
+                : size == 4 ? &numbers[k]
+                            : static_cast<const void*>(&half),
+                size);
+  }
+  return bytes;
+}
+
+template <typename T>
+void run_matching_and_loss(ClassKind kind) {
+  emulator::use_shared_memory_limit(size_t(1) << 20);
+  const int64_t layers = integer(1, 3), images = integer(1, 3), queries = integer(1, 140), classes = integer(1, 40);
+  const std::vector<int32_t> offsets = random_offsets(images, 12);
+  const int64_t targets = offsets.back() + integer(0, 2), slots = layers * images * queries;
+  const ElementType types[] = {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16};
+  const ElementType type = sizeof(T) == 8 ? ElementType::kFloat64 : types[integer(0, 2)];
+  std::vector<float> logits = numbers(slots * classes, -5, 5);
+  if (integer(0, 4) == 0) logits[integer(0, slots * classes - 1)] = std::nanf("");
+  const auto logit_bytes = elements(type, logits), box_bytes = elements(type, numbers(slots * 4, 0, 1));
+  const std::vector<float> target_boxes = numbers(targets * 4, 0, 1);
+  std::vector<int64_t> labels(targets);
+  for (int64_t& label : labels) label = integer(-1, classes);
+
+  const Batch batch = {layers, images, queries, targets, offsets.data()};
+  const Elements logit_elements = {logit_bytes.data(), type}, box_elements = {box_bytes.data(), type};
+  const CostArguments<T> cost_arguments = {
+      batch, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5, 2, kind, T(0.25), T(2)};
+  std::vector<int64_t> status(2);
+  std::vector<T> cost(layers * targets * queries);
+  std::vector<uint64_t> minima(layers * targets * cuda::minima_segments(queries));
+  enqueue(cost_arguments, cost.data(), integer(0, 1) ? minima.data() : nullptr, status.data());
+
+  std::vector<int32_t> query_of_target(layers * targets);
+  for (int32_t& query : query_of_target) query = static_cast<int32_t>(integer(-2, queries + 1));
+  const std::vector<float> class_weight(classes, 1), loss_weight(layers * kTerms, 1);
+  const float num_boxes = 3;
+  std::vector<T> losses(layers * kTerms), total(1), logits_gradient(slots * classes), boxes_gradient(slots * 8);
+  const cuda::LossArguments<T> loss_arguments = {batch,
+                                                 classes,
+                                                 logit_elements,
+                                                 box_elements,
+                                                 query_of_target.data(),
+                                                 labels.data(),
+                                                 target_boxes.data(),
+                                                 integer(0, 1) ? &num_boxes : nullptr,
+                                                 integer(0, 1) ? class_weight.data() : nullptr,
+                                                 integer(0, 1) ? loss_weight.data() : nullptr,
+                                                 kind,
+                                                 T(0.25),
+                                                 T(2),
+                                                 losses.data(),
+                                                 total.data(),
+                                                 logits_gradient.data(),
+                                                 boxes_gradient.data()};
+  auto scratch = scratch_of(int64_t(cuda::set_loss_scratch_bytes(batch)));
+  cuda::set_loss(loss_arguments, scratch.data(), nullptr);
+
+  std::vector<unsigned char> scaled_logits(logit_bytes.size()), scaled_boxes(box_bytes.size());
+  const ScaleArguments<T> scale_arguments = {layers,
+                                             images * queries * classes,
+                                             images * queries,
+                                             losses.data(),
+                                             total.data(),
+                                             loss_weight.data(),
+                                             logits_gradient.data(),
+                                             boxes_gradient.data(),
+                                             scaled_logits.data(),
+                                             type,
+                                             scaled_boxes.data(),
+                                             type};
+  cuda::scale_gradients(scale_arguments, nullptr);
+}
+
+template <typename T>
+bool run() {
+  for (int n = 0; n < 150; ++n) {
+    emulator::use_schedule(n);
+    if (!assignment_is_sound<T>()) return false;
+  }
+  for (int n = 0; n < 8; ++n) {
+    emulator::use_schedule(n);
+    for (const ClassKind kind : {ClassKind::kSoftmax, ClassKind::kFocal, ClassKind::kFocalStable})
+      run_matching_and_loss<T>(kind);
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const bool sound = run<float>() && run<double>();
+  std::puts(sound ? "sound" : "an assignment is not one to one");
+  return sound ? 0 : 1;
+}

@@ -1,0 +1,47 @@
+// Random numbers of the fuzz programs, the same at every run.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+inline std::mt19937 generator(1);
+
+inline int64_t integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+inline float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(generator); }
+
+inline std::vector<float> numbers(int64_t count, float low, float high) {
+  std::vector<float> list(count);
+  for (float& x : list) x = uniform(low, high);
+  return list;
+}
+
+// Costs of every kind: spread, tied, with NaN, mostly infinite.
+template <typename T>
+std::vector<T> costs(int64_t count) {
+  const int64_t kind = integer(0, 3);
+  std::vector<T> list(count);
+  for (T& x : list) {
+    x = uniform(0, 1);
+    if (kind == 1) x = std::round(x * 3);
+    if (kind == 2 && uniform(0, 1) < 0.4f) x = std::nan("");
+    if (kind == 3 && uniform(0, 1) < 0.9f) x = HUGE_VAL;
+  }
+  return list;
+}
+
+// Every target has at most one query, allowed for it, and no query two targets.
+template <typename T>
+bool is_one_to_one(const T* cost, int64_t targets, int64_t queries, const int32_t* query_of_target) {
+  std::vector<int32_t> uses(queries);
+  for (int64_t t = 0; t < targets; ++t) {
+    const int32_t query = query_of_target[t];
+    if (query < -1 || query >= queries) return false;
+    if (query >= 0 && (uses[query]++ > 0 || !std::isfinite(cost[t * queries + query]))) return false;
+  }
+  return true;
+}
