@@ -154,6 +154,7 @@ namespace cuda {
 
 // Memory of assign, known on the host.
 struct AssignPlan {
+  int64_t most_rows;     // which kernel
   size_t shared_bytes;   // of a block
   size_t scratch_bytes;  // of device memory, for each problem
 };

@@ -3,8 +3,9 @@
 //
 // One block solves one problem, images with many targets first. All warps look for the row minima and start greedily;
 // without conflicts, which is a trained detector's case, the block is done. Otherwise one warp searches: lane l holds
-// the slots l, l + 32, ... in registers (up to 256 rows), their costs lie in shared memory. More rows, or double, are
-// searched by the whole block with its state in shared memory, or in global memory if that is too small.
+// the slots l, l + 32, ... in registers (up to 256 rows), their costs lie in shared memory. More rows, or double, or
+// more targets than queries, are searched by the whole block with its state in shared memory, or in global memory if
+// that is too small. Three kernels, for the most targets of an image: 64, 256, any.
 //
 // A scan costs ceil(slots / 32) steps of a lane and two minima over the warp; looking for a row's best free column
 // again reads its costs from L2. Limits: the scan's latency, not the device's throughput.
@@ -19,20 +20,27 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRegisterRows = 256;  // most rows whose search is kept in registers
+constexpr int kAnyRows = INT32_MAX;
 constexpr int32_t kFree = INT32_MAX;
 constexpr int kRoot = -1;
 
-// A problem with rows <= columns. Forbidden costs read as +infinity.
 template <typename T>
+__device__ __forceinline__ T allowed_or_infinite(T cost) {
+  return fabs(cost) < kCostLimit<T> ? cost : kInfinity<T>;
+}
+
+// A problem with rows <= columns. Forbidden costs read as +infinity. Columns are neighbours in memory, or, kStrided,
+// anything apart.
+template <typename T, bool kStrided>
 struct CostView {
   const T* cost;
-  int rows, columns;
-  int64_t row_stride, column_stride;
+  int rows, columns, row_stride, column_stride;
 
-  __device__ __forceinline__ T at(int row, int column) const {
-    const T x = cost[row * row_stride + column * column_stride];
-    return fabs(x) < kCostLimit<T> ? x : kInfinity<T>;
+  __device__ __forceinline__ T stored(int row, int column) const {
+    const int64_t step = kStrided ? column_stride : 1, stride = kStrided ? row_stride : columns;
+    return cost[row * stride + column * step];
   }
+  __device__ __forceinline__ T at(int row, int column) const { return allowed_or_infinite(stored(row, column)); }
 };
 
 template <typename T>
@@ -41,20 +49,53 @@ struct Nearest {
   int column;  // -1 = none
 };
 
-// A row's cheapest column, of the free ones if `owner` is given; the lowest of equal ones.
-template <typename T, typename Group>
-__device__ __forceinline__ Nearest<T> nearest_column(Group& group, const CostView<T>& view, int row,
+// A row's cheapest column, of all or of the free ones; the lowest of equal ones. Four loads are under way at a time:
+// the barrier keeps the compiler from waiting for one before it starts the next.
+template <bool kOnlyFree, typename T, bool kStrided, typename Group>
+__device__ __forceinline__ Nearest<T> nearest_column(Group& group, const CostView<T, kStrided>& view, int row,
                                                      const int32_t* owner) {
+  constexpr int kLoads = 4;
   Nearest<T> own = {kInfinity<T>, -1};
-#pragma unroll 4
-  for (int j = group.rank; j < view.columns; j += Group::kSize) {
-    const T x = view.at(row, j);
-    if (x < own.cost && (!owner || owner[j] == kFree)) own = {x, j};
+#pragma unroll 1
+  for (int start = 0; start < view.columns; start += kLoads * Group::kSize) {
+    T cost[kLoads];
+    int32_t taken_by[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int column = start + k * Group::kSize + group.rank;
+      cost[k] = column < view.columns ? view.stored(row, column) : kInfinity<T>;
+      taken_by[k] = kOnlyFree && column < view.columns ? owner[column] : kFree;
+    }
+    group.sync();
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const bool better = (cost[k] < own.cost) & (fabs(cost[k]) < kCostLimit<T>)&(taken_by[k] == kFree);
+      own.cost = better ? cost[k] : own.cost;
+      own.column = better ? start + k * Group::kSize + group.rank : own.column;
+    }
   }
   const Bits<T> least = group.min(ordered(own.cost));
   const T cost = from_ordered<T>(least);
   const uint32_t column = group.min(own.cost == cost ? uint32_t(own.column) : ~0u);
   return {cost, int(column)};
+}
+
+// Costs of the rows first, first + kStep, ... at a column, into gathered [rows, leading] at its slot. Four loads are
+// under way at a time.
+template <int kStep, bool kStrided>
+__device__ __forceinline__ void gather_column(const CostView<float, kStrided>& view, int column, int slot, int first,
+                                              float* gathered, int leading) {
+  constexpr int kLoads = 4;
+  for (int start = first; start < view.rows; start += kLoads * kStep) {
+    float cost[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) cost[k] = view.stored(smaller(start + k * kStep, view.rows - 1), column);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int row = start + k * kStep;
+      if (row < view.rows) gathered[row * leading + slot] = allowed_or_infinite(cost[k]);
+    }
+  }
 }
 
 // A matched pair of a row and a column; numbered in the order of matching.
@@ -114,11 +155,12 @@ struct PerSlot<E, 0> {
 };
 
 // The searches of one problem, by a warp (R > 0: slots in registers) or a block. All threads follow the same path.
-template <typename T, typename Group, int R, bool kGathered>
+template <typename T, bool kStrided, typename Group, int R, bool kGathered>
 class Search {
  public:
   // gathered [rows, leading]: costs of all rows at the slots' columns, if kGathered.
-  __device__ Search(Group group, const CostView<T>& view, const Workspace<T>& ws, T* gathered, int leading, int slots)
+  __device__ Search(Group group, const CostView<T, kStrided>& view, const Workspace<T>& ws, T* gathered, int leading,
+                    int slots)
       : group_(group),
         view_(view),
         ws_(ws),
@@ -211,7 +253,7 @@ class Search {
   __device__ __forceinline__ bool best_is_free(int row) {
     const int column = ws_.best_column[row];
     if (column < 0 || ws_.owner[column] == kFree) return true;
-    const Nearest<T> nearest = nearest_column(group_, view_, row, ws_.owner);
+    const Nearest<T> nearest = nearest_column<true>(group_, view_, row, ws_.owner);
     group_.sync();
     if (group_.rank == 0) {
       ws_.best_cost[row] = nearest.cost;
@@ -327,11 +369,8 @@ class Search {
     for_own(slots_ + 1, [&](int r, int slot) {
       if (slot == slots_) price_(r, slot) = 0;
     });
-    if constexpr (kGathered) {
-      const int column = ws_.column_of_slot[slots_];
-      for (int row = group_.rank; row < view_.rows; row += Group::kSize)
-        gathered_[row * leading_ + slots_] = view_.at(row, column);
-    }
+    if constexpr (kGathered)
+      gather_column<Group::kSize>(view_, ws_.column_of_slot[slots_], slots_, group_.rank, gathered_, leading_);
     ++slots_;
     group_.sync();
   }
@@ -401,7 +440,7 @@ class Search {
   }
 
   Group group_;
-  CostView<T> view_;
+  CostView<T, kStrided> view_;
   Workspace<T> ws_;
   T* gathered_;
   int leading_, slots_, popped_ = 0;
@@ -447,8 +486,8 @@ struct Counts {
 };
 
 // Every row takes its cheapest column if no lower row wants it; the others wait.
-template <typename T>
-__device__ Counts start_greedily(const CostView<T>& view, const Workspace<T>& ws) {
+template <typename T, bool kStrided>
+__device__ Counts start_greedily(const CostView<T, kStrided>& view, const Workspace<T>& ws) {
   for (int j = threadIdx.x; j < view.columns; j += kThreads) ws.owner[j] = kFree;
   __syncthreads();
   for (int i = threadIdx.x; i < view.rows; i += kThreads)
@@ -489,11 +528,11 @@ __device__ __forceinline__ void read_minima(const uint64_t* minima,  // [rows, s
   }
 }
 
-template <typename T>
-__device__ void find_minima(const CostView<T>& view, const Workspace<T>& ws) {
+template <typename T, bool kStrided>
+__device__ void find_minima(const CostView<T, kStrided>& view, const Workspace<T>& ws) {
   Warp warp = {int(threadIdx.x) % kWarpSize};
   for (int i = threadIdx.x / kWarpSize; i < view.rows; i += kThreads / kWarpSize) {
-    const Nearest<T> nearest = nearest_column(warp, view, i, nullptr);
+    const Nearest<T> nearest = nearest_column<false>(warp, view, i, nullptr);
     if (warp.rank != 0) continue;
     ws.best_cost[i] = ws.lowest_cost[i] = nearest.cost;
     ws.best_column[i] = nearest.column;
@@ -502,17 +541,21 @@ __device__ void find_minima(const CostView<T>& view, const Workspace<T>& ws) {
 
 // The searches by the first warp; gathered [rows, rows | 1], or null with kGathered = false.
 template <int R, bool kGathered>
-__device__ __forceinline__ int search_in_registers(const CostView<float>& view, const Workspace<float>& ws,
+__device__ __forceinline__ int search_in_registers(const CostView<float, false>& view, const Workspace<float>& ws,
                                                    float* gathered, Counts counts) {
   const Warp warp = {int(threadIdx.x)};
-  return Search<float, Warp, R, kGathered>(warp, view, ws, gathered, view.rows | 1, counts.slots).run(counts.waiting);
+  return Search<float, false, Warp, R, kGathered>(warp, view, ws, gathered, view.rows | 1, counts.slots)
+      .run(counts.waiting);
 }
 
+__host__ __device__ constexpr size_t gathered_bytes(int64_t rows) { return rows * (rows | 1) * sizeof(float); }
+
 // Costs of all rows at the slots' columns.
-__device__ void gather_costs(const CostView<float>& view, const Workspace<float>& ws, int slots, float* gathered) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (int i = threadIdx.x / kWarpSize; i < view.rows; i += kThreads / kWarpSize)
-    for (int k = lane; k < slots; k += kWarpSize) gathered[i * (view.rows | 1) + k] = view.at(i, ws.column_of_slot[k]);
+__device__ void gather_costs(const CostView<float, false>& view, const Workspace<float>& ws, int slots,
+                             float* gathered) {
+  const int warp = threadIdx.x / kWarpSize;
+  for (int k = threadIdx.x % kWarpSize; k < slots; k += kWarpSize)
+    gather_column<kThreads / kWarpSize>(view, ws.column_of_slot[k], k, warp, gathered, view.rows | 1);
   __syncthreads();
 }
 
@@ -528,25 +571,31 @@ struct AssignLaunch {
 // One problem and where its results go.
 template <typename T>
 struct Problem {
-  CostView<T> view;
-  bool transposed;  // rows are queries
-  int targets;
+  const T* cost;  // [targets, queries]
+  int targets, queries;
+  bool transposed;           // rows are queries
   int32_t* query_of_target;  // [targets]
   T *target_price, *query_price;
 
   __device__ Problem(const AssignmentArguments<T>& a, int layer, int image) {
     const Batch& batch = a.batch;
     const int32_t first = batch.offsets[image];
-    targets = batch.offsets[image + 1] - first;
-    const int queries = int(batch.queries);
     const int64_t at = layer * batch.targets + first;
+    targets = batch.offsets[image + 1] - first;
+    queries = int(batch.queries);
     transposed = targets > queries;
-    const T* cost = a.cost + at * queries;
-    view =
-        transposed ? CostView<T>{cost, queries, targets, 1, queries} : CostView<T>{cost, targets, queries, queries, 1};
+    cost = a.cost + at * queries;
     query_of_target = a.query_of_target + at;
     target_price = a.target_price ? a.target_price + at : nullptr;
     query_price = a.query_price ? a.query_price + (layer * batch.images + image) * batch.queries : nullptr;
+  }
+
+  __device__ int rows() const { return transposed ? queries : targets; }
+  __device__ int columns() const { return transposed ? targets : queries; }
+
+  template <bool kStrided>
+  __device__ CostView<T, kStrided> view() const {
+    return {cost, rows(), columns(), transposed ? 1 : queries, transposed ? queries : 1};
   }
 
   // By the threads rank, rank + size, ...; the arrays are -1 and 0 before.
@@ -563,73 +612,58 @@ struct Problem {
   }
 };
 
-// Shared memory of the block's problem, or its part of the scratch.
-template <typename T>
-struct Place {
-  size_t workspace_bytes;
-  bool in_shared;
-  unsigned char* memory;  // null if there is no room, because an image has more targets than max_count
-
-  __device__ Place(const AssignLaunch<T>& launch, const CostView<T>& view, int64_t number)
-      : workspace_bytes(Workspace<T>::bytes(view.rows, view.columns)),
-        in_shared(workspace_bytes <= launch.shared_bytes),
-        memory(in_shared                                 ? dynamic_shared
-               : workspace_bytes <= launch.scratch_bytes ? launch.scratch + number * launch.scratch_bytes
-                                                         : nullptr) {}
-};
-
-// Row minima and greedy start by the whole block.
-template <typename T>
-__device__ __forceinline__ Counts start(const AssignLaunch<T>& launch, const Problem<T>& problem, int64_t first_row,
-                                        const Workspace<T>& ws) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (launch.minima && !problem.transposed) {
-      read_minima(launch.minima + first_row * launch.segments, launch.segments, problem.view.rows, ws);
-      __syncthreads();
-      return start_greedily(problem.view, ws);
-    }
-  }
-  find_minima(problem.view, ws);
-  __syncthreads();
-  return start_greedily(problem.view, ws);
-}
-
-// Up to 256 rows: all in shared memory and registers.
+// Up to 256 rows: a warp searches, slots in registers.
+template <int kMostRows>
 __device__ __forceinline__ void solve_by_warp(const AssignLaunch<float>& launch, const Problem<float>& problem,
                                               int64_t first_row, size_t workspace_bytes) {
-  const CostView<float>& view = problem.view;
+  const auto view = problem.view<false>();
   const Workspace<float> ws(dynamic_shared, view.rows);
-  const Counts counts = start(launch, problem, first_row, ws);
+  if (launch.minima) {
+    read_minima(launch.minima + first_row * launch.segments, launch.segments, view.rows, ws);
+  } else {
+    find_minima(view, ws);
+  }
+  __syncthreads();
+  const Counts counts = start_greedily(view, ws);
   if (counts.waiting == 0) return problem.write(ws, counts.slots, int(threadIdx.x), kThreads);
   float* gathered = reinterpret_cast<float*>(dynamic_shared + workspace_bytes);
-  const size_t gathered_bytes = size_t(view.rows) * (view.rows | 1) * sizeof(float);
-  const bool fits = workspace_bytes + gathered_bytes <= launch.shared_bytes;
+  const bool fits = kMostRows != kAnyRows || workspace_bytes + gathered_bytes(view.rows) <= launch.shared_bytes;
   if (fits) gather_costs(view, ws, counts.slots, gathered);
   if (threadIdx.x >= kWarpSize) return;
-  const int slots = !fits              ? search_in_registers<8, false>(view, ws, nullptr, counts)
-                    : view.rows <= 32  ? search_in_registers<1, true>(view, ws, gathered, counts)
-                    : view.rows <= 64  ? search_in_registers<2, true>(view, ws, gathered, counts)
-                    : view.rows <= 128 ? search_in_registers<4, true>(view, ws, gathered, counts)
-                                       : search_in_registers<8, true>(view, ws, gathered, counts);
+  int slots;
+  if constexpr (kMostRows == 64) {
+    slots = view.rows <= 32 ? search_in_registers<1, true>(view, ws, gathered, counts)
+                            : search_in_registers<2, true>(view, ws, gathered, counts);
+  } else if constexpr (kMostRows == kRegisterRows) {
+    slots = view.rows <= 64    ? search_in_registers<2, true>(view, ws, gathered, counts)
+            : view.rows <= 128 ? search_in_registers<4, true>(view, ws, gathered, counts)
+                               : search_in_registers<8, true>(view, ws, gathered, counts);
+  } else {
+    slots = fits ? search_in_registers<8, true>(view, ws, gathered, counts)
+                 : search_in_registers<8, false>(view, ws, nullptr, counts);
+  }
   problem.write(ws, slots, int(threadIdx.x), kWarpSize);
 }
 
 template <typename T>
-__device__ __forceinline__ void solve_by_block(const AssignLaunch<T>& launch, const Problem<T>& problem,
-                                               int64_t first_row, unsigned char* memory) {
+__device__ __forceinline__ void solve_by_block(const Problem<T>& problem, unsigned char* memory) {
   __shared__ uint32_t parts[2][kThreads / kWarpSize];
-  const Workspace<T> ws(memory, problem.view.rows);
-  const Counts counts = start(launch, problem, first_row, ws);
+  const auto view = problem.template view<true>();
+  const Workspace<T> ws(memory, view.rows);
+  find_minima(view, ws);
+  __syncthreads();
+  const Counts counts = start_greedily(view, ws);
   int slots = counts.slots;
   if (counts.waiting > 0) {
     const Block<kThreads> block = {int(threadIdx.x), parts};
-    slots = Search<T, Block<kThreads>, 0, false>(block, problem.view, ws, nullptr, 0, slots).run(counts.waiting);
+    slots = Search<T, true, Block<kThreads>, 0, false>(block, view, ws, nullptr, 0, slots).run(counts.waiting);
   }
   problem.write(ws, slots, int(threadIdx.x), kThreads);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) assign_kernel(const AssignLaunch<T> launch) {
+// For images with at most kMostRows targets, and none with more targets than queries; or kAnyRows.
+template <typename T, int kMostRows>
+__global__ void __launch_bounds__(kThreads, kMostRows == kAnyRows ? 1 : 2) assign_kernel(const AssignLaunch<T> launch) {
   const AssignmentArguments<T>& a = launch.arguments;
   const Batch& batch = a.batch;
   const unsigned layers = unsigned(batch.layers), layer = blockIdx.x % layers;
@@ -639,55 +673,64 @@ __global__ void __launch_bounds__(kThreads) assign_kernel(const AssignLaunch<T> 
   if (image + 1 == batch.images)  // rows past the last offset
     for (int64_t t = batch.offsets[batch.images] + int(threadIdx.x); t < batch.targets; t += kThreads)
       a.query_of_target[layer * batch.targets + t] = -1;
-  if (problem.view.rows == 0) return;
+  if (problem.rows() == 0) return;
 
   const int64_t first_row = layer * batch.targets + batch.offsets[image];
-  const Place<T> place(launch, problem.view, layer * batch.images + image);
-  if (!place.memory) return;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (place.in_shared && problem.view.rows <= kRegisterRows)
-      return solve_by_warp(launch, problem, first_row, place.workspace_bytes);
+  const size_t bytes = Workspace<T>::bytes(problem.rows(), problem.columns());
+  const bool in_shared = bytes <= launch.shared_bytes;
+  // Images with more targets than max_count are left unmatched: there is no room for them.
+  if constexpr (kMostRows != kAnyRows) {
+    if (problem.transposed || bytes + gathered_bytes(problem.rows()) > launch.shared_bytes) return;
+    if (problem.rows() <= kMostRows) solve_by_warp<kMostRows>(launch, problem, first_row, bytes);
+  } else {
+    if (!in_shared && bytes > launch.scratch_bytes) return;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (in_shared && !problem.transposed && problem.rows() <= kRegisterRows)
+        return solve_by_warp<kMostRows>(launch, problem, first_row, bytes);
+    }
+    const int64_t number = layer * batch.images + image;
+    solve_by_block(problem, in_shared ? dynamic_shared : launch.scratch + number * launch.scratch_bytes);
   }
-  solve_by_block(launch, problem, first_row, place.memory);
 }
 
 template <typename T>
-void enqueue(const AssignmentArguments<T>& a, const uint64_t* minima, const AssignPlan& plan, void* scratch,
-             void* stream) {
-  const AssignLaunch<T> arguments = {a,
-                                     minima,
-                                     minima_segments(a.batch.queries),
-                                     static_cast<unsigned char*>(scratch),
-                                     plan.scratch_bytes,
-                                     plan.shared_bytes};
-  launch("assign", assign_kernel<T>, a.batch.layers * a.batch.images, kThreads, plan.shared_bytes, stream, arguments);
+AssignLaunch<T> launch_of(const AssignmentArguments<T>& a, const uint64_t* minima, const AssignPlan& plan,
+                          void* scratch) {
+  const int segments = minima_segments(a.batch.queries);
+  return {a, minima, segments, static_cast<unsigned char*>(scratch), plan.scratch_bytes, plan.shared_bytes};
 }
 
 }  // namespace
 
 AssignPlan assign_plan(const Batch& batch, int64_t max_count, ElementType type) {
   const int64_t rows = std::min(max_count, batch.queries), columns = std::max(max_count, batch.queries);
-  const auto bytes = [&](int64_t rows) {
-    return type == ElementType::kFloat64 ? Workspace<double>::bytes(rows, columns)
-                                         : Workspace<float>::bytes(rows, columns);
-  };
-  size_t wanted = bytes(rows);
-  if (type == ElementType::kFloat32) {
-    const int64_t small = std::min<int64_t>(rows, kRegisterRows);
-    wanted = std::max(wanted, bytes(small) + small * (small | 1) * sizeof(float));
+  const size_t limit = shared_memory_limit("assign");
+  if (type == ElementType::kFloat64) {
+    const size_t bytes = Workspace<double>::bytes(rows, columns);
+    return {kAnyRows, std::min(bytes, limit), bytes <= limit ? 0 : (bytes + 15) / 16 * 16};
   }
-  const size_t shared = std::min(wanted, shared_memory_limit("assign"));
-  const size_t scratch = bytes(rows) <= shared ? 0 : (bytes(rows) + 15) / 16 * 16;
-  return {shared, scratch};
+  const int64_t small = std::min<int64_t>(rows, kRegisterRows);
+  const size_t searched_by_warp = Workspace<float>::bytes(small, columns) + gathered_bytes(small);
+  if (max_count <= batch.queries && rows <= kRegisterRows && searched_by_warp <= limit)
+    return {rows <= 64 ? 64 : kRegisterRows, searched_by_warp, 0};
+  const size_t bytes = Workspace<float>::bytes(rows, columns);
+  return {kAnyRows, std::min(std::max(bytes, searched_by_warp), limit), bytes <= limit ? 0 : (bytes + 15) / 16 * 16};
 }
 
 void assign(const AssignmentArguments<float>& a, const uint64_t* minima, const AssignPlan& plan, void* scratch,
             void* stream) {
-  enqueue(a, minima, plan, scratch, stream);
+  const auto start = [&](auto kernel) {
+    launch("assign", kernel, a.batch.layers * a.batch.images, kThreads, plan.shared_bytes, stream,
+           launch_of(a, minima, plan, scratch));
+  };
+  if (plan.most_rows == 64) return start(assign_kernel<float, 64>);
+  if (plan.most_rows == kRegisterRows) return start(assign_kernel<float, kRegisterRows>);
+  start(assign_kernel<float, kAnyRows>);
 }
 
 void assign(const AssignmentArguments<double>& a, const AssignPlan& plan, void* scratch, void* stream) {
-  enqueue(a, nullptr, plan, scratch, stream);
+  launch("assign", assign_kernel<double, kAnyRows>, a.batch.layers * a.batch.images, kThreads, plan.shared_bytes,
+         stream, launch_of<double>(a, nullptr, plan, scratch));
 }
 
 }  // namespace detr::cuda
