@@ -1,5 +1,7 @@
 """Times our code beside others': ``python -m benchmarks.run assignment matching criterion model train_step``.
 
+``ptx`` times nothing: it prints registers and stack of the CUDA kernels, without a GPU.
+
 Every provider is checked against the definition before it is timed. Medians and ratios are printed with the bars they
 should reach, and appended to the CSV of this machine in benchmarks/results.
 """
@@ -17,15 +19,27 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, results
+from benchmarks import machine, ptx, results, sass
 from benchmarks.harness import OURS, Benchmark, LocalSampler, Options, Sampler, Timing, measure
 from benchmarks.other_revision import OtherRevision
 
-SUITES = ("assignment", "matching", "criterion", "model", "train_step")
+TIMED = ("assignment", "matching", "criterion", "model", "train_step")
+SUITES = (*TIMED, "ptx")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    if "ptx" in options.suites:
+        found = ptx.kernels(ptx.library())
+        print(ptx.report(found))
+        if found and sass.nvdisasm():
+            for name, counts in sass.scans(ptx.library(), 90).items():
+                print(f"{name}, sm_90: {' / '.join(map(str, counts))} instructions of a scan")
+        if options.update:
+            ptx.record(found)
+    suites = [suite for suite in options.suites if suite in TIMED]
+    if not suites:
+        return
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     settings = Options(device, options.quick)
@@ -35,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         if options.against:
             run.other = stack.enter_context(OtherRevision(options.against, settings, options.threads))
-        for suite in options.suites:
+        for suite in suites:
             for index, benchmark in enumerate(benchmarks_of(suite, settings)):
                 if re.search(options.only, f"{benchmark.case} {benchmark.value}"):
                     run.time(suite, index, benchmark)
@@ -52,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     found.add_argument("--only", default="", metavar="PATTERN", help="only cases and values that match this expression")
     found.add_argument("--against", metavar="REF", help="also build and time this git revision of detr_fast")
+    found.add_argument("--update", action="store_true", help="ptx: make these the numbers that the test compares")
     found.add_argument("--output", type=Path, metavar="FILE", help="CSV to append to (default: of this machine)")
     return found
 

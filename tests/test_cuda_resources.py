@@ -1,0 +1,48 @@
+"""Registers and stack of the CUDA kernels, read from the installed library: no GPU, no compilation."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import ptx
+
+ARCHITECTURES = {80, 86, 89, 90, 100}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[ptx.Kernel]:
+    found = ptx.kernels(ptx.library())
+    if not found:
+        pytest.skip("the library was built without nvcc")
+    return found
+
+
+def test_every_architecture_has_every_kernel(kernels: list[ptx.Kernel]) -> None:
+    of_architecture: dict[int, set[str]] = {}
+    for kernel in kernels:
+        of_architecture.setdefault(kernel.architecture, set()).add(kernel.name)
+    assert set(of_architecture) == ARCHITECTURES
+    assert len({frozenset(names) for names in of_architecture.values()}) == 1
+    assert {name.partition("<")[0] for name in of_architecture[90]} == {
+        *("assign", "matching_cost", "set_loss", "scale_gradients")
+    }
+
+
+def test_no_kernel_has_a_stack_or_spills(kernels: list[ptx.Kernel]) -> None:
+    assert [kernel for kernel in kernels if kernel.stack] == []
+
+
+def test_registers_do_not_grow(kernels: list[ptx.Kernel]) -> None:
+    compiler, registers = ptx.recorded()
+    if ptx.compiler() != compiler:
+        pytest.skip(f"recorded with nvcc {compiler}, this one is {ptx.compiler()}")
+    assert {(kernel.name, kernel.architecture) for kernel in kernels} == set(registers)
+    grown = [k for k in kernels if k.registers > registers[k.name, k.architecture]]
+    assert grown == [], "if that is meant: python -m benchmarks.run ptx --update"
+
+
+def test_two_blocks_fit_a_multiprocessor(kernels: list[ptx.Kernel]) -> None:
+    """65,536 registers and 256 threads a block; searches of more than 256 rows and float64 have one."""
+    for kernel in kernels:
+        if "any" not in kernel.name and "double" not in kernel.name:
+            assert 2 * 256 * kernel.registers <= 65536, kernel.name
