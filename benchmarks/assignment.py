@@ -1,18 +1,21 @@
-"""Assignment: 96 cost matrices at once against loops over SciPy and lapx, and single ones through NumPy."""
+"""Assignment: many cost matrices at once against loops over SciPy and lapx, and single ones through NumPy.
+
+On CUDA also the case that torch-linear-assignment publishes, against it where it is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import lap
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options
+from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options, captured
 from benchmarks.scenes import costs
 from detr_fast import numpy as detr_fast_numpy
 from detr_fast.ops.assignment import assign
@@ -23,6 +26,8 @@ SIZES = ((100, 20), (300, 60), (900, 100), (900, 300))  # queries, targets
 NUMPY_SIZES = ((100, 7), (100, 20), (300, 60), (900, 100))
 KINDS = ("trained", "mid", "init")
 BARS: tuple[Bar, ...] = (Faster("scipy", 8), Faster("lapjvr", 3))
+PUBLISHED = (208, 300, 100)  # problems, queries, targets of torch-linear-assignment's own table
+PUBLISHED_BARS: tuple[Bar, ...] = (Faster("torch-linear-assignment", 10), Faster("scipy", 1000))
 NUMPY_BARS: tuple[Bar, ...] = (Faster("scipy", 3),)
 
 
@@ -32,6 +37,9 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
         for kind in KINDS:
             yield batch(costs(kind, problems, queries, targets), kind, options)  # type: ignore[arg-type]
     if options.device.type == "cuda":
+        problems, queries, targets = PUBLISHED
+        uniform = torch.rand(problems, targets, queries, generator=torch.Generator().manual_seed(0))
+        yield batch(uniform, "uniform", options, PUBLISHED_BARS)
         return
     for queries, targets in NUMPY_SIZES[:2] if options.quick else NUMPY_SIZES:
         for kind in (*KINDS, "uniform"):
@@ -39,27 +47,38 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
                 yield single(kind, queries, targets, np.dtype(dtype))
 
 
-def batch(cost: Tensor, kind: str, options: Options) -> Benchmark:
+def batch(cost: Tensor, kind: str, options: Options, bars: tuple[Bar, ...] = BARS) -> Benchmark:
     """Many problems of one size. Others get the matrices in memory already, as their loops would read them."""
     problems, targets, queries = cost.shape
-    flat = cost.reshape(1, problems * targets, queries).to(options.device)
+    on_device = cost.to(options.device)
+    flat = on_device.reshape(1, problems * targets, queries)
     offsets = offsets_of([targets] * problems, options.device)
     by_target = cost.numpy()  # [N, T, Q]
     by_query = [np.ascontiguousarray(matrix.T) for matrix in by_target]  # [Q, T], as DETR's matchers make it
-    lapjvr = partial(lap.lapjvr, extend_cost=True, return_cost=False)
-    lapjvr_batch = partial(lap.lapjvr_batch, extend_cost=True, return_cost=False, n_threads=1)
+    providers: dict[str, Callable[[], object]] = {
+        "detr_fast": captured(lambda: assign(flat, offsets, targets), options.device)
+    }
+    if options.device.type == "cuda":
+        providers["detr_fast, launched"] = lambda: assign(flat, offsets, targets)
+        if importlib.util.find_spec("torch_linear_assignment"):
+            from torch_linear_assignment import batch_linear_assignment
+
+            providers["torch-linear-assignment"] = lambda: batch_linear_assignment(on_device)
+    providers["scipy"] = lambda: [linear_sum_assignment(matrix) for matrix in by_query]
+    if importlib.util.find_spec("lap"):
+        import lap
+
+        lapjvr = partial(lap.lapjvr, extend_cost=True, return_cost=False)
+        lapjvr_batch = partial(lap.lapjvr_batch, extend_cost=True, return_cost=False, n_threads=1)
+        providers["lapjvr"] = lambda: [lapjvr(matrix) for matrix in by_query]
+        providers["lapjvr_batch"] = lambda: lapjvr_batch(by_target)
     return Benchmark(
         case=f"assign, {problems} problems, {kind}",
         axis="queries x targets",
         value=f"{queries}x{targets}",
-        providers={
-            "detr_fast": lambda: assign(flat, offsets),
-            "scipy": lambda: [linear_sum_assignment(matrix) for matrix in by_query],
-            "lapjvr": lambda: [lapjvr(matrix) for matrix in by_query],
-            "lapjvr_batch": lambda: lapjvr_batch(by_target),
-        },
+        providers=providers,
         check=partial(_check_batch, by_target),
-        bars=BARS,
+        bars=bars,
     )
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from benchmarks import eager
-from benchmarks.harness import Benchmark, DisagreementError, Faster, Options
+from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options, Within, captured
 from benchmarks.scenes import COST_WEIGHTS, Scene, coco_like_counts, scene
 from detr_fast.criterion import SetCriterion
 from detr_fast.matcher import HungarianMatcher
@@ -21,17 +21,21 @@ LABELS, LAYERS, EOS = 91, 6, 0.1
 LOSS_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 SIZES = ((4, 100), (16, 300))  # images, queries
 BARS = (Faster("transformers", 10), Faster("transformers", 10, "detr_fast, dictionaries"))
+DEVICE_BARS = (Within(60), Faster("transformers", 100))  # on a GPU, 32 images and 100 queries
 
 Result = tuple[Tensor, Tensor, Tensor]  # weighted loss [], its gradients in logits and boxes
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
-    for images, queries in SIZES[:1] if options.quick else SIZES:
+    sizes: list[tuple[int, int, Sequence[Bar]]] = [(images, queries, BARS) for images, queries in SIZES]
+    if options.device.type == "cuda":
+        sizes = [(32, 100, DEVICE_BARS), *sizes]
+    for images, queries, bars in sizes[:1] if options.quick else sizes:
         made = scene("mid", coco_like_counts(images), queries, LAYERS, LABELS).to(options.device)
-        yield forward_and_backward(made)
+        yield forward_and_backward(made, options.device, bars)
 
 
-def forward_and_backward(made: Scene) -> Benchmark:
+def forward_and_backward(made: Scene, device: torch.device, bars: Sequence[Bar] = ()) -> Benchmark:
     logits = made.predictions.logits.requires_grad_()
     boxes = made.predictions.boxes.requires_grad_()
     images, queries = logits.shape[1:3]
@@ -44,20 +48,21 @@ def forward_and_backward(made: Scene) -> Benchmark:
 
         return run
 
-    losses = {
-        "detr_fast": _packed(logits, boxes, made),
-        "detr_fast, dictionaries": _dictionaries(logits, boxes, made),
-        "transformers": _transformers(logits, boxes, made),
-        "eager": _eager(logits, boxes, made),
-    }
+    losses = {"detr_fast, dictionaries": _dictionaries(logits, boxes, made), "eager": _eager(logits, boxes, made)}
+    if importlib.util.find_spec("transformers"):
+        losses["transformers"] = _transformers(logits, boxes, made)
+    ours = differentiated(packed_loss(logits, boxes, made))
+    providers = {"detr_fast": captured(ours, device)}
+    if device.type == "cuda":
+        providers["detr_fast, launched"] = ours
     double = Scene(Predictions(logits.detach().double(), boxes.detach().double()), made.targets)
     return Benchmark(
         case=f"criterion with gradient, {LAYERS} layers",
         axis="images x queries",
         value=f"{images}x{queries}",
-        providers={name: differentiated(loss_of) for name, loss_of in losses.items()},
+        providers=providers | {name: differentiated(loss_of) for name, loss_of in losses.items()},
         check=Check(double, differentiated(losses["eager"])),
-        bars=BARS,
+        bars=bars,
     )
 
 
@@ -84,10 +89,11 @@ def _criterion() -> SetCriterion:
     return SetCriterion(LABELS, HungarianMatcher(*COST_WEIGHTS), weights, EOS, ["labels", "boxes", "cardinality"])
 
 
-def _packed(logits: Tensor, boxes: Tensor, made: Scene) -> Callable[[], Tensor]:
+def packed_loss(logits: Tensor, boxes: Tensor, made: Scene) -> Callable[[], Tensor]:
+    """Weighted loss of Predictions with Targets."""
     criterion = _criterion().to(logits.device)
     targets = Targets.pack(made.targets)
-    return lambda: criterion.weighted_sum(criterion(Predictions(logits, boxes), targets))
+    return lambda: criterion.weighted_loss(Predictions(logits, boxes), targets)[0]
 
 
 def _dictionaries(logits: Tensor, boxes: Tensor, made: Scene) -> Callable[[], Tensor]:
@@ -102,6 +108,8 @@ def _dictionaries(logits: Tensor, boxes: Tensor, made: Scene) -> Callable[[], Te
 
 
 def _transformers(logits: Tensor, boxes: Tensor, made: Scene) -> Callable[[], Tensor]:
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
     class_cost, bbox_cost, giou_cost = COST_WEIGHTS
     config = SimpleNamespace(
         class_cost=class_cost,

@@ -65,7 +65,7 @@ def our_loss(model: nn.Module, images: Images, targets: list[dict[str, Tensor]])
     packed = Targets.pack(targets).to(device)
 
     def loss() -> Tensor:
-        return criterion.weighted_sum(criterion(model(images), packed))
+        return criterion.weighted_loss(model(images), packed)[0]
 
     return loss
 

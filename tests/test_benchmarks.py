@@ -60,7 +60,7 @@ def test_least_cost_is_judged_within_rounding() -> None:
 
 
 def test_wrong_losses_and_gradients_are_found() -> None:
-    case = criterion.forward_and_backward(scene("mid", [3, 2], 10, layers=2))
+    case = criterion.forward_and_backward(scene("mid", [3, 2], 10, layers=2), torch.device("cpu"))
     result = case.providers["detr_fast"]()
     case.check("detr_fast", result)
     for place in range(3):

@@ -1,0 +1,31 @@
+"""Every CUDA kernel once or twice, small: what compute-sanitizer runs."""
+
+from __future__ import annotations
+
+import torch
+from ops.problems import predictions_and_targets
+
+from detr_fast.ops import assign_with_prices, match, set_loss
+from detr_fast.structures import offsets_of
+
+DEVICE = "cuda"
+
+
+def main() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for counts in ([5, 0, 40], [5, 70, 130], [20, 300], [90, 3]):  # one for each search, the last with T > Q
+        cost = torch.rand(1, sum(counts), 320 if max(counts) != 90 else 40, generator=generator).round(decimals=1)
+        cost[0, 3, ::2] = torch.nan
+        for dtype in (torch.float32, torch.float64):
+            assign_with_prices(cost.to(DEVICE, dtype), offsets_of(counts, DEVICE))
+    for kind in ("softmax", "focal"):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            inputs = [x.to(DEVICE) for x in predictions_and_targets((3, 0, 20), 2, 70, 20, dtype)]
+            logits, boxes = (x.requires_grad_() for x in inputs[:2])
+            pairs = match(*inputs, kind=kind, max_count=20)  # type: ignore[arg-type]
+            set_loss(logits, boxes, pairs, *inputs[2:], kind=kind)[:, :3].sum().backward()  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
