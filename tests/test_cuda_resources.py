@@ -46,3 +46,8 @@ def test_two_blocks_fit_a_multiprocessor(kernels: list[ptx.Kernel]) -> None:
     for kernel in kernels:
         if "any" not in kernel.name and "double" not in kernel.name:
             assert 2 * 256 * kernel.registers <= 65536, kernel.name
+
+
+def test_declared_shared_memory_is_what_launches_leave_room_for(kernels: list[ptx.Kernel]) -> None:
+    """kMostStaticShared in csrc/cuda/launch.h; the system takes 1 KiB of each block's."""
+    assert max(kernel.shared for kernel in kernels) <= 2048 + 1024

@@ -19,12 +19,15 @@ inline void check(cudaError_t error, const char* kernel) {
   throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(error));
 }
 
-// Shared memory that a block may have on the current device.
+// More than any kernel declares; a test reads the built kernels.
+constexpr size_t kMostStaticShared = 2048;
+
+// Shared memory that a block may ask for on the current device, beside what its kernel declares.
 inline size_t shared_memory_limit(const char* kernel) {
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device), kernel);
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kernel);
-  return static_cast<size_t>(bytes) - 1024;  // static shared memory of the kernels
+  return static_cast<size_t>(bytes) - kMostStaticShared;
 }
 
 // Enqueues a kernel on a stream of the current device; no blocks, no launch.
