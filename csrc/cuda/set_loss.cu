@@ -268,7 +268,8 @@ __device__ __forceinline__ void reduce_losses(const LossLaunch<T>& launch) {
 }
 
 template <typename T, typename E>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double) ? 1 : 4) set_loss_kernel(const LossLaunch<T> launch) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double) ? 1 : 4)
+    set_loss_kernel(const LossLaunch<T> launch) {
   __shared__ int target_of_query[kTile];
   __shared__ double parts[kWarps];
   __shared__ bool is_last;
