@@ -26,6 +26,13 @@ def targets_of(data: np.lib.npyio.NpzFile) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+@pytest.fixture(params=["cpu", "emulated CUDA"])
+def _kernels(request: pytest.FixtureRequest) -> None:
+    if request.param != "cpu":
+        request.getfixturevalue("emulated_ops")
+
+
+@pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("fast", [False, True], ids=["dictionaries", "Predictions"])
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_recorded_case(file: Path, fast: bool) -> None:
