@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options, captured
+from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options, with_graph
 from benchmarks.scenes import costs
 from detr_fast import numpy as detr_fast_numpy
 from detr_fast.ops.assignment import assign
@@ -32,14 +32,15 @@ NUMPY_BARS: tuple[Bar, ...] = (Faster("scipy", 3),)
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
+    if options.device.type == "cuda":
+        problems, queries, targets = PUBLISHED
+        uniform = torch.rand(problems, targets, queries, generator=torch.Generator().manual_seed(0))
+        yield batch(uniform, "uniform", options, PUBLISHED_BARS)
     problems = 8 if options.quick else PROBLEMS
     for queries, targets in SIZES[:2] if options.quick else SIZES:
         for kind in KINDS:
             yield batch(costs(kind, problems, queries, targets), kind, options)  # type: ignore[arg-type]
     if options.device.type == "cuda":
-        problems, queries, targets = PUBLISHED
-        uniform = torch.rand(problems, targets, queries, generator=torch.Generator().manual_seed(0))
-        yield batch(uniform, "uniform", options, PUBLISHED_BARS)
         return
     for queries, targets in NUMPY_SIZES[:2] if options.quick else NUMPY_SIZES:
         for kind in (*KINDS, "uniform"):
@@ -55,15 +56,11 @@ def batch(cost: Tensor, kind: str, options: Options, bars: tuple[Bar, ...] = BAR
     offsets = offsets_of([targets] * problems, options.device)
     by_target = cost.numpy()  # [N, T, Q]
     by_query = [np.ascontiguousarray(matrix.T) for matrix in by_target]  # [Q, T], as DETR's matchers make it
-    providers: dict[str, Callable[[], object]] = {
-        "detr_fast": captured(lambda: assign(flat, offsets, targets), options.device)
-    }
-    if options.device.type == "cuda":
-        providers["detr_fast, launched"] = lambda: assign(flat, offsets, targets)
-        if importlib.util.find_spec("torch_linear_assignment"):
-            from torch_linear_assignment import batch_linear_assignment
+    providers: dict[str, Callable[[], object]] = with_graph(lambda: assign(flat, offsets, targets), options.device)
+    if options.device.type == "cuda" and importlib.util.find_spec("torch_linear_assignment"):
+        from torch_linear_assignment import batch_linear_assignment
 
-            providers["torch-linear-assignment"] = lambda: batch_linear_assignment(on_device)
+        providers["torch-linear-assignment"] = lambda: batch_linear_assignment(on_device)
     providers["scipy"] = lambda: [linear_sum_assignment(matrix) for matrix in by_query]
     if importlib.util.find_spec("lap"):
         import lap

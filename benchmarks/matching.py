@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import eager
 from benchmarks.assignment import require_optimal
-from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options, Within, captured
+from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options, Within, with_graph
 from benchmarks.scenes import COST_WEIGHTS, KINDS, Kind, Scene, coco_like_counts, scene
 from detr_fast.matcher import HungarianMatcher, Pairs, pairs_of
 from detr_fast.ops.matching_cost import matching_cost_reference
@@ -38,7 +38,7 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     for (images, queries), limits in DEVICE_LIMITS.items():
         counts = coco_like_counts(images) if queries < 900 else [100] * images
         for kind, limit in zip(KINDS[:3], limits, strict=True):
-            yield all_layers(kind, counts, queries, options, [Within(limit)])
+            yield all_layers(kind, counts, queries, options, [Within(limit, "detr_fast, graph")])
 
 
 def transformers_matcher() -> Callable[..., Pairs] | None:
@@ -81,11 +81,7 @@ def all_layers(
     ours, theirs = HungarianMatcher(*COST_WEIGHTS), transformers_matcher()
     their_targets = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in made.targets]
     layers = list(zip(predictions.logits, predictions.boxes, strict=True))
-    providers: dict[str, Callable[[], object]] = {
-        "detr_fast": captured(lambda: ours(predictions, packed), options.device)
-    }
-    if options.device.type == "cuda":
-        providers["detr_fast, launched"] = lambda: ours(predictions, packed)
+    providers: dict[str, Callable[[], object]] = with_graph(lambda: ours(predictions, packed), options.device)
     if theirs is not None:
         providers["transformers"] = lambda: [theirs({"logits": x, "pred_boxes": y}, their_targets) for x, y in layers]
 

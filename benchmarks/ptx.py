@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.machine import REPOSITORY
 
+ARCHITECTURES = (80, 86, 89, 90, 100)  # of the build by default
 RECORDED = REPOSITORY / "csrc" / "cuda" / "resources.csv"
 
 _MACHINE = 190  # EM_CUDA
@@ -39,7 +40,10 @@ class Kernel:
 
 
 def library() -> Path:
-    """The installed extension."""
+    """The extension of this repository, or where that is not built in place, the installed one."""
+    built = sorted((REPOSITORY / "detr_fast").glob("_C*.so"))
+    if built:
+        return built[0]
     import detr_fast._C
 
     return Path(detr_fast._C.__file__)
@@ -70,7 +74,10 @@ def recorded() -> tuple[str, dict[tuple[str, int], int]]:
 
 
 def record(found: list[Kernel]) -> None:
-    """Makes these the numbers that the test compares."""
+    """Makes these the numbers that the test compares; a build for fewer architectures is refused."""
+    present = tuple(sorted({kernel.architecture for kernel in found}))
+    if present != ARCHITECTURES:
+        raise ValueError(f"ptx: the library must be built for {ARCHITECTURES}, got {present}")
     with RECORDED.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["nvcc", *(field.name for field in fields(Kernel))])

@@ -163,7 +163,7 @@ struct AssignPlan {
 AssignPlan assign_plan(const Batch&, int64_t max_count, ElementType type);
 
 // Parts of a row whose minima matching_cost delivers.
-constexpr int minima_segments(int64_t queries) { return static_cast<int>((queries + 31) / 32); }
+constexpr int64_t minima_segments(int64_t queries) { return (queries + 31) / 32; }
 
 // Writes all of query_of_target; prices must be 0 before. minima: of matching_cost on the same cost, or null.
 // scratch: plan.scratch_bytes for each problem. One launch.

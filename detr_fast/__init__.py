@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from detr_fast.engine.predict import Detector
     from detr_fast.matcher import HungarianMatcher
     from detr_fast.models import build_model
-    from detr_fast.structures import Images, Predictions, Targets, Tokens
+    from detr_fast.structures import Images, Predictions, StaticTargets, Targets, Tokens
 
 __all__ = [
     "Detector",
@@ -21,6 +21,7 @@ __all__ = [
     "Images",
     "Predictions",
     "SetCriterion",
+    "StaticTargets",
     "Targets",
     "Tokens",
     "build_model",
@@ -32,6 +33,7 @@ _MODULE_OF_NAME = {
     "Images": "detr_fast.structures",
     "Predictions": "detr_fast.structures",
     "SetCriterion": "detr_fast.criterion",
+    "StaticTargets": "detr_fast.structures",
     "Targets": "detr_fast.structures",
     "Tokens": "detr_fast.structures",
     "build_model": "detr_fast.models",
@@ -39,6 +41,7 @@ _MODULE_OF_NAME = {
 
 _SUBMODULES = (
     "boxes",
+    "captured",
     "criterion",
     "data",
     "engine",

@@ -1,64 +1,85 @@
-"""A criterion's forward and backward as one CUDA graph, with targets that change from step to step."""
+"""A criterion as a CUDA graph, with targets that change from step to step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from detr_fast.structures import Predictions, Targets
+from detr_fast.structures import Predictions, StaticTargets, Targets
 
-WeightedLoss = Callable[[Predictions, Targets], tuple[Tensor, dict[str, Tensor]]]
+if TYPE_CHECKING:
+    from detr_fast.criterion import SetCriterion
 
 _WARM_UPS = 3  # as torch.cuda.make_graphed_callables
 
 
 class CapturedCriterion:
-    """Matching, losses and their gradients of one shape of predictions, replayed without a launch of their own.
+    """Matching, losses and their gradients for one shape of predictions, replayed as one launch.
 
-    ``captured(predictions, targets)`` returns the same as ``criterion.weighted_loss(predictions, targets)``: the sum to
-    differentiate, and all entries. The entries and the gradients live in memory that the next call overwrites, so call
-    ``backward`` before it. Targets may be on the CPU (one asynchronous copy) or on the device. Nothing is read back.
+    ``captured(outputs, targets)`` takes and returns what ``criterion.weighted_loss`` does: the sum to differentiate,
+    and all entries. A call copies the predictions and, from the CPU in one asynchronous copy, the targets into memory
+    of its own and replays the graph; ``backward`` is one launch more, because what comes in, a gradient scaler's factor
+    for instance, is known only then. Nothing is read back. Entries and gradients lie in memory that the next call
+    overwrites, so call ``backward`` before it.
 
     Made by :meth:`SetCriterion.capture`. On a CPU, where there are no graphs, every call computes the same anew.
 
     Raises:
-        ValueError: predictions or targets do not fit what was captured; the message says what was expected.
+        ValueError: predictions or targets do not fit what was captured, or the criterion's weights or buffers are
+            others than then; the message says what was expected.
+        RuntimeError: backward comes after the next call, or is to be differentiated itself.
     """
 
-    def __init__(self, loss: WeightedLoss, example: Predictions, capacity: int, max_count: int | None = None) -> None:
-        self._loss = loss
+    def __init__(
+        self, criterion: SetCriterion, example: Predictions, capacity: int, max_count: int | None = None
+    ) -> None:
+        self._criterion = criterion
+        device = example.logits.device
         self._logits = example.logits.detach().clone().requires_grad_()
         self._boxes = example.boxes.detach().clone().requires_grad_()
-        images, device = example.logits.shape[1], example.logits.device
-        self.targets = Targets.with_capacity(images, capacity, max_count, device)
+        self._targets = StaticTargets.with_capacity(example.logits.shape[1], capacity, max_count, device)
+        self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._capture()
+            with torch.cuda.device(device):
+                self._capture()
+        else:
+            self._compute()
+        # What the graph reads and writes; it must neither be freed nor be replaced.
+        self._weights = dict(criterion.weight_dict)
+        self._buffers = dict(criterion.named_buffers())
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream(self._logits.device)
-        stream.wait_stream(torch.cuda.current_stream(self._logits.device))
-        with torch.cuda.device(self._logits.device), torch.cuda.stream(stream):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 self._compute()
-        torch.cuda.current_stream(self._logits.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._logits.device), torch.cuda.graph(graph):
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._compute()
-        self._graph = graph
 
     def _compute(self) -> None:
-        with torch.enable_grad():
-            total, losses = self._loss(Predictions(self._logits, self._boxes), self.targets)
-            logits, boxes = torch.autograd.grad(total, (self._logits, self._boxes))
-        self._gradients = (logits, boxes)
-        self._total = total.detach()
-        self._losses = losses
+        """Keeps the sum with its way back to the predictions, which holds the gradients that are only to be scaled."""
+        with torch.inference_mode(False), torch.enable_grad():
+            self._total, self._losses = self._criterion.weighted_loss(
+                Predictions(self._logits, self._boxes), self._targets
+            )
 
-    def __call__(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, outputs: Predictions | Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        predictions, packed = self._criterion.structured(outputs, targets)
+        self._check(predictions)
+        self._targets.copy_(packed)
+        total = _Replay.apply(predictions.logits, predictions.boxes, self)
+        return total, dict(self._losses)
+
+    def _check(self, predictions: Predictions) -> None:
         for name, given, kept in (
             ("logits", predictions.logits, self._logits),
             ("boxes", predictions.boxes, self._boxes),
@@ -68,12 +89,14 @@ class CapturedCriterion:
                     f"CapturedCriterion: {name} must be {list(kept.shape)} {kept.dtype} on {kept.device} as captured, "
                     f"got {list(given.shape)} {given.dtype} on {given.device}"
                 )
-        self.targets.copy_(targets)
-        total = _Replay.apply(predictions.logits, predictions.boxes, self)
-        return total, dict(self._losses)
+        if self._criterion.weight_dict != self._weights:
+            raise ValueError("CapturedCriterion: weight_dict must be as captured; capture again after a change")
+        for name, buffer in self._criterion.named_buffers():
+            if buffer is not self._buffers[name]:
+                raise ValueError(f"CapturedCriterion: {name} must be the tensor captured; capture again after a change")
 
-    def replay(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Total and gradients for these predictions and the targets that were copied last."""
+    def replay(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, int]:
+        """The sum for these predictions and the targets that were copied last, and the number of this call."""
         with torch.no_grad():
             self._logits.copy_(logits)
             self._boxes.copy_(boxes)
@@ -81,16 +104,27 @@ class CapturedCriterion:
             self._compute()
         else:
             self._graph.replay()
-        return self._total, self._gradients
+        self._calls += 1
+        return self._total.detach().clone(), self._calls
+
+    def gradients(self, incoming: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        """Gradients of that call's sum in logits and boxes, times what comes in."""
+        if call != self._calls:
+            raise RuntimeError("CapturedCriterion: call backward before the next call, which overwrites the gradients")
+        if torch.is_grad_enabled():
+            raise RuntimeError("CapturedCriterion: second derivatives are not available")
+        inputs = (self._logits, self._boxes)
+        logits, boxes = torch.autograd.grad(self._total, inputs, incoming, retain_graph=True)
+        return logits, boxes
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, boxes: Tensor, captured: CapturedCriterion) -> Tensor:
-        total, ctx.gradients = captured.replay(logits, boxes)
-        return total.clone()
+        ctx.captured = captured
+        total, ctx.call = captured.replay(logits, boxes)
+        return total
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, Tensor, None]:
-        logits, boxes = ctx.gradients
-        return logits * incoming.to(logits.dtype), boxes * incoming.to(boxes.dtype), None
+        return (*ctx.captured.gradients(incoming, ctx.call), None)

@@ -25,6 +25,8 @@ _ENTRIES = {
     "masks": (),
 }
 
+_MASK_ENTRIES = ("loss_mask", "loss_dice")
+
 _ORIGINAL_METHODS = ("get_loss", "_get_src_permutation_idx", "_get_tgt_permutation_idx")
 
 
@@ -44,7 +46,7 @@ class SetCriterion(nn.Module):
     Args:
         num_classes: without "no object".
         matcher: a :class:`HungarianMatcher`, or anything that returns facebookresearch/detr's pairs.
-        weight_dict: weights of the entries, for :meth:`weighted_sum`.
+        weight_dict: weights of the entries, for :meth:`weighted_sum` and :meth:`weighted_loss`.
         eos_coef: weight of "no object" in ``loss_ce``; the buffer `empty_weight` [num_classes + 1] may be changed.
         losses: of "labels", "cardinality", "boxes", "masks".
         kind: "softmax", or "focal" with logits of `num_classes`; None: the matcher's, as for `alpha` and `gamma`.
@@ -111,11 +113,17 @@ class SetCriterion(nn.Module):
         """The weighted sum to differentiate, ``[]``, and all entries, detached, for the log.
 
         As ``losses = criterion(outputs, targets)`` and ``criterion.weighted_sum(losses)``, but the sum and its gradient
-        are computed with the losses: on a CUDA device three launches for matching and losses (without masks) and one
-        for the gradient, of all layers.
+        are computed with the losses, with weights rounded to float32: on a CUDA device three launches for matching and
+        losses (without masks) and one for the gradient, of all layers. Entries without a weight take no part.
+
+        Raises:
+            ValueError: as a call of the criterion; or `weight_dict` names none of its losses.
         """
         matched = self._matched(outputs, targets)
         layers = len(matched.predictions.logits)
+        names = [name for name, _, _ in self._entries(layers)]
+        if not any(name in self.weight_dict for name in (*names, *_MASK_ENTRIES)):
+            raise ValueError(f"SetCriterion: weight_dict names none of the losses {', '.join(names)}")
         weight = self._weights_of(
             self._entries(layers), layers * len(TERMS), matched.predictions.logits.device, torch.float32
         )
@@ -127,35 +135,49 @@ class SetCriterion(nn.Module):
         total = values.total
         masks = self._mask_losses(matched)
         for name, value in masks.items():
-            total = total + self.weight_dict.get(name, 0.0) * value
+            if self.weight_dict.get(name, 0.0) != 0:
+                total = total + self.weight_dict[name] * value
             losses[name] = value.detach()
         return total, losses
 
-    def capture(self, example: Predictions, capacity: int, max_count: int | None = None) -> CapturedCriterion:
-        """:meth:`weighted_loss` and its gradient as a CUDA graph, for predictions of the shape of `example`.
+    def capture(
+        self, example: Predictions | Mapping[str, Any], capacity: int, max_count: int | None = None
+    ) -> CapturedCriterion:
+        """:meth:`weighted_loss` as a CUDA graph, for predictions of the shape of `example`.
 
         Takes up to `capacity` targets in all and `max_count` (default: `capacity`) in one image; a tight bound saves
-        shared memory. See :class:`CapturedCriterion`.
+        shared memory. Weights are those of now. With several processes all of them capture together, over NCCL. See
+        :class:`CapturedCriterion`.
 
         Raises:
-            ValueError: masks, a matcher of another class, or one that looks at the device (``invalid="raise"``).
+            ValueError: masks, a matcher of another class, one that looks at the device (``invalid="raise"``), or
+                processes that are not connected by NCCL.
         """
-        on_device = example.logits.device.type != "cpu"
+        predictions = example if isinstance(example, Predictions) else Predictions.from_dict(example)
+        on_device = predictions.logits.device.type != "cpu"
         if "masks" in self.losses:
             raise ValueError("SetCriterion.capture: losses must not have 'masks', whose shapes follow the targets")
         if not isinstance(self.matcher, HungarianMatcher):
             raise ValueError(f"SetCriterion.capture: matcher must be a HungarianMatcher, got {type(self.matcher)}")
         if on_device and self.matcher.invalid == "raise":
             raise ValueError("SetCriterion.capture: the matcher's invalid must be 'skip' or None, got 'raise'")
-        return CapturedCriterion(self.weighted_loss, example, capacity, max_count)
+        if on_device and dist.is_available() and dist.is_initialized() and dist.get_backend() != "nccl":
+            raise ValueError(f"SetCriterion.capture: the processes' backend must be nccl, got {dist.get_backend()}")
+        return CapturedCriterion(self, predictions, capacity, max_count)
+
+    def structured(
+        self, outputs: Predictions | Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Predictions, Targets]:
+        """Both forms of the arguments as structures; their sizes and the values of listed targets are checked."""
+        predictions = outputs if isinstance(outputs, Predictions) else Predictions.from_dict(outputs)
+        self._check_classes(predictions)
+        check_batch_size("SetCriterion", predictions.logits.shape[1], len(targets))
+        return predictions, targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
 
     def _matched(
         self, outputs: Predictions | Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
     ) -> _Matched:
-        predictions = outputs if isinstance(outputs, Predictions) else Predictions.from_dict(outputs)
-        self._check_classes(predictions)
-        check_batch_size("SetCriterion", predictions.logits.shape[1], len(targets))
-        packed = targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
+        predictions, packed = self.structured(outputs, targets)
         packed = packed.to(predictions.logits.device)
         query_of_target = self._match(predictions, packed, outputs, targets)
         return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets))
@@ -172,9 +194,12 @@ class SetCriterion(nn.Module):
             raise ValueError("SetCriterion: losses has 'masks', but outputs has no 'pred_masks'")
         num_boxes = targets.offsets[-1].float() if matched.num_boxes is None else matched.num_boxes
         pair = mask_losses(masks, matched.query_of_target[-1], targets, num_boxes.clamp(min=1))
-        return dict(zip(("loss_mask", "loss_dice"), pair, strict=True))
+        return dict(zip(_MASK_ENTRIES, pair, strict=True))
 
     def _check_classes(self, predictions: Predictions) -> None:
+        if predictions.logits.dim() != 4:
+            shape = list(predictions.logits.shape)
+            raise ValueError(f"SetCriterion: logits must be [L, B, Q, C] (pred_logits: [B, Q, C]), got {shape}")
         expected = self.num_classes + (self.kind == "softmax")
         if predictions.logits.shape[-1] != expected:
             raise ValueError(
@@ -231,11 +256,12 @@ class SetCriterion(nn.Module):
         weights = [0.0] * count
         for name, position, _ in entries:
             weights[position] = self.weight_dict.get(name, 0.0)
+        if torch.compiler.is_compiling():
+            return torch.tensor(weights, dtype=dtype, device=device)
         key = (*weights, device, dtype)
         if key not in self._weight_tensors:
             with torch.inference_mode(False):  # the tensor is kept for steps that do differentiate
-                # A Parameter, whose shape torch.compile takes as fixed.
-                tensor = nn.Parameter(torch.tensor(weights, dtype=dtype).to(device, non_blocking=True), False)
+                tensor = torch.tensor(weights, dtype=dtype).to(device)  # waits once, so that any stream may use it
             latest = list(self._weight_tensors.items())[-3:]  # weights that are scheduled must not pile up
             self._weight_tensors = {**dict(latest), key: tensor}
         return self._weight_tensors[key]

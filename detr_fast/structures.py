@@ -171,69 +171,29 @@ class Targets:
         return replace(packed, offsets=offsets.to(labels.device, non_blocking=True))
 
     def check_values(self, num_classes: int | None = None, names: Sequence[object] | None = None) -> None:
-        """Raises a ValueError if a label is not in ``[0, num_classes)`` or a box has a negative side. CPU only.
+        """Raises a ValueError if a label is not in ``[0, num_classes)``, or a box not finite or of negative size.
 
-        The message names the image.
+        CPU only. The message names the image.
         """
-        # A glance through NumPy costs a tenth of the operators below; NaN does not pass it, and is looked at there.
-        labels, sides = self.labels.numpy(), self.boxes.detach().numpy()[:, 2:]
+        # A glance through NumPy costs a tenth of the operators below.
+        labels, boxes = self.labels.numpy(), self.boxes.detach().numpy()
         known = num_classes is None or labels.max(initial=-1) < num_classes
-        if known and labels.min(initial=0) >= 0 and sides.min(initial=0) >= 0:
+        if known and labels.min(initial=0) >= 0 and np.isfinite(boxes).all() and boxes[:, 2:].min(initial=0) >= 0:
             return
-        bad_box = (self.boxes[:, 2:] < 0).any(1)
+        bad_box = ~self.boxes.isfinite().all(1) | (self.boxes[:, 2:] < 0).any(1)
         bad_label = self.labels < 0
         if num_classes is not None:
             bad_label |= self.labels >= num_classes
-        bad = bad_box | bad_label
-        if not bad.any():
-            return
-        row = int(bad.nonzero()[0])
+        row = int((bad_box | bad_label).nonzero()[0])
         image = int(torch.searchsorted(self.offsets, row, right=True)) - 1
         where = f"{_name_of_image(image, names)}, target {row - int(self.offsets[image])}"
         if bad_label[row]:
             limit = "at least 0" if num_classes is None else f"in [0, {num_classes})"
             raise ValueError(f"targets of {where}: label must be {limit}, got {int(self.labels[row])}")
         raise ValueError(
-            f"targets of {where}: box must be (cx, cy, w, h) with w and h at least 0, got {self.boxes[row].tolist()}"
+            f"targets of {where}: box must be (cx, cy, w, h), finite, with w and h at least 0, "
+            f"got {self.boxes[row].tolist()}"
         )
-
-    @classmethod
-    def with_capacity(
-        cls, images: int, capacity: int, max_count: int | None = None, device: torch.device | str | None = None
-    ) -> Targets:
-        """Memory for up to `capacity` targets in all, `max_count` in one image, for :meth:`copy_`; empty at first.
-
-        Its shapes never change, as a CUDA graph needs it.
-        """
-        most = capacity if max_count is None else max_count
-        if not 0 <= most <= capacity:
-            raise ValueError(f"Targets.with_capacity: max_count must be in [0, {capacity}], got {most}")
-        shapes = ((capacity,), torch.int64), ((capacity, 4), torch.float32), ((images + 1,), torch.int32)
-        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes]
-        pieces = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-        parts = [piece.view(dtype).view(shape) for piece, (shape, dtype) in zip(pieces, shapes, strict=True)]
-        return cls(parts[0], parts[1], parts[2], most)
-
-    def copy_(self, other: Targets) -> None:
-        """Takes over the targets of `other`, which must fit; from the CPU to a CUDA device in one asynchronous copy.
-
-        Raises:
-            ValueError: another number of images, more targets than there is room for, or masks.
-        """
-        if len(other) != len(self):
-            raise ValueError(f"Targets.copy_: targets must be of {len(self)} images, got {len(other)}")
-        if len(other.labels) > len(self.labels) or other.max_count > self.max_count:
-            raise ValueError(
-                f"Targets.copy_: at most {len(self.labels)} targets, {self.max_count} in one image, got "
-                f"{len(other.labels)} and {other.max_count}"
-            )
-        if other.masks is not None:
-            raise ValueError("Targets.copy_: masks have no room here")
-        other = other.to(self.labels.device)
-        count = len(other.labels)
-        self.labels[:count].copy_(other.labels)
-        self.boxes[:count].copy_(other.boxes)
-        self.offsets.copy_(other.offsets)
 
     def to(self, device: torch.device | str) -> Targets:
         """On a CUDA device: everything but masks in one pinned buffer and one asynchronous copy."""
@@ -243,18 +203,88 @@ class Targets:
         if device.type != "cuda" or self.labels.device.type != "cpu":
             moved = [x.to(device, non_blocking=True) for x in (self.labels, self.boxes, self.offsets)]
         else:
-            parts = [self.labels, self.boxes, self.offsets]
-            sizes = [part.numel() * part.element_size() for part in parts]
-            staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-            for part, piece in zip(parts, staging.split(sizes), strict=True):
-                piece.copy_(part.contiguous().view(-1).view(torch.uint8))
-            pieces = staging.to(device, non_blocking=True).split(sizes)
-            moved = [y.view(x.dtype).view(x.shape) for x, y in zip(parts, pieces, strict=True)]
+            shapes = _shapes_of(len(self.labels), len(self))
+            moved = _parts_of(self._packed(shapes).to(device, non_blocking=True), shapes)
         masks = None if self.masks is None else tuple(m.to(device, non_blocking=True) for m in self.masks)
         return Targets(moved[0], moved[1], moved[2], self.max_count, masks)
 
+    def _packed(self, shapes: _Shapes) -> Tensor:
+        """Labels, boxes and offsets in one piece of pinned memory of these shapes, which may have room for more."""
+        staging = torch.empty(_bytes_of(shapes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        for part, place in zip((self.labels, self.boxes, self.offsets), _parts_of(staging, shapes), strict=True):
+            place[: len(part)].copy_(part)
+        return staging
+
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class StaticTargets(Targets):
+    """Targets in memory whose addresses and shapes never change, as a CUDA graph needs it."""
+
+    memory: Tensor | None = None  # [bytes] uint8, holds labels, boxes and offsets
+
+    @classmethod
+    def with_capacity(
+        cls, images: int, capacity: int, max_count: int | None = None, device: torch.device | str | None = None
+    ) -> StaticTargets:
+        """Room for up to `capacity` targets in all and `max_count` (default: `capacity`) in one image; empty at first.
+
+        Raises:
+            ValueError: a number is negative, or `max_count` more than `capacity`.
+        """
+        most = capacity if max_count is None else max_count
+        for name, number in (("images", images), ("capacity", capacity)):
+            if number < 0:
+                raise ValueError(f"StaticTargets: {name} must be at least 0, got {number}")
+        if not 0 <= most <= capacity:
+            raise ValueError(f"StaticTargets: max_count must be in [0, {capacity}], got {most}")
+        shapes = _shapes_of(capacity, images)
+        memory = torch.zeros(_bytes_of(shapes), dtype=torch.uint8, device=device)
+        labels, boxes, offsets = _parts_of(memory, shapes)
+        return cls(labels, boxes, offsets, most, memory=memory)
+
+    def copy_(self, other: Targets) -> None:
+        """Takes over the targets of `other`, which must fit; from the CPU to a CUDA device in one asynchronous copy.
+
+        Raises:
+            ValueError: another number of images, more targets than there is room for, or masks.
+        """
+        if len(other) != len(self):
+            raise ValueError(f"StaticTargets.copy_: targets must be of {len(self)} images, got {len(other)}")
+        if len(other.labels) > len(self.labels) or other.max_count > self.max_count:
+            raise ValueError(
+                f"StaticTargets.copy_: targets must be at most {len(self.labels)}, {self.max_count} in one image, got "
+                f"{len(other.labels)} and {other.max_count}"
+            )
+        if other.masks is not None:
+            raise ValueError("StaticTargets.copy_: targets must have no masks")
+        if self.memory is not None and self.memory.is_cuda and not other.labels.is_cuda:
+            self.memory.copy_(other._packed(_shapes_of(len(self.labels), len(self))), non_blocking=True)
+            return
+        for kept, given in zip(
+            (self.labels, self.boxes, self.offsets), (other.labels, other.boxes, other.offsets), strict=True
+        ):
+            kept[: len(given)].copy_(given)
+
+
+_Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+def _shapes_of(targets: int, images: int) -> _Shapes:
+    """Labels, boxes and offsets, in the order that keeps each aligned."""
+    return ((targets,), torch.int64), ((targets, 4), torch.float32), ((images + 1,), torch.int32)
+
+
+def _bytes_of(shapes: _Shapes) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
+
+
+def _parts_of(memory: Tensor, shapes: _Shapes) -> list[Tensor]:
+    """Views of one piece of memory."""
+    sizes = [_bytes_of((shape,)) for shape in shapes]
+    return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(memory.split(sizes), shapes, strict=True)]
 
 
 def _masks_of(

@@ -147,16 +147,79 @@ def test_captured_criterion_follows_changing_targets() -> None:
             torch.testing.assert_close(mine, other, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_captured_gradients_survive_a_gradient_scaler(dtype: torch.dtype) -> None:
+    """The factor is applied before the gradient is rounded to the predictions' type."""
+    predictions, targets = batch()
+    predictions = Predictions(
+        *((30 * x).to(dtype) if x.shape[-1] == 8 else x.to(dtype) for x in (predictions.logits, predictions.boxes))
+    )
+    predictions = Predictions(*(x.requires_grad_() for x in (predictions.logits, predictions.boxes)))
+    criterion, packed = criterion_of(invalid="skip"), Targets.pack(targets)
+    ours = gradients_of(criterion.capture(predictions, 20)(predictions, packed)[0] * 65536, predictions)
+    theirs = gradients_of(criterion.weighted_loss(predictions, packed)[0] * 65536, predictions)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert (ours[0] != 0).any()
+
+
+def test_a_captured_step_is_differentiated_before_the_next_and_once() -> None:
+    predictions, targets = batch()
+    predictions = Predictions(*(x.requires_grad_() for x in (predictions.logits, predictions.boxes)))
+    captured = criterion_of().capture(predictions, 20)
+    first, _ = captured(predictions, targets)
+    second, _ = captured(predictions.as_dict(), targets)
+    with pytest.raises(RuntimeError, match="call backward before the next call"):
+        gradients_of(first, predictions)
+    with pytest.raises(RuntimeError, match="second derivatives are not available"):
+        torch.autograd.grad(second, predictions.logits, create_graph=True)
+    gradients_of(second, predictions)
+    with torch.inference_mode():
+        assert torch.equal(captured(predictions, targets)[0], second)
+
+
+def test_a_capture_keeps_what_it_was_made_of() -> None:
+    predictions, targets = batch()
+    criterion = criterion_of()
+    captured = criterion.capture(predictions, 20)
+    criterion.weight_dict = {**WEIGHTS, "loss_ce": 3.0}
+    with pytest.raises(ValueError, match="weight_dict must be as captured"):
+        captured(predictions, targets)
+    criterion.weight_dict = dict(WEIGHTS)
+    captured(predictions, targets)
+    criterion.double()
+    with pytest.raises(ValueError, match="empty_weight must be the tensor captured"):
+        captured(predictions, targets)
+
+
+def test_a_weight_dict_without_a_loss_is_an_error() -> None:
+    predictions, targets = batch()
+    criterion = SetCriterion(7, HungarianMatcher(), {"ce": 1.0}, 0.1, LOSSES)
+    with pytest.raises(ValueError, match="weight_dict names none of the losses loss_ce, class_error"):
+        criterion.weighted_loss(predictions, targets)
+
+
+def test_masks_without_a_weight_take_no_part() -> None:
+    predictions, targets = batch()
+    for target in targets:
+        target["masks"] = torch.ones(len(target["labels"]), 4, 4, dtype=torch.bool)
+    masks = torch.full((3, 9, 4, 4), torch.nan)
+    total, losses = criterion_of([*LOSSES, "masks"]).weighted_loss(
+        Predictions(predictions.logits, predictions.boxes, masks), targets
+    )
+    assert losses["loss_mask"].isnan()
+    assert total.isfinite()
+
+
 def test_what_does_not_fit_the_capture_is_refused() -> None:
     predictions, targets = batch()
     captured = criterion_of().capture(predictions, capacity=8, max_count=5)
     with pytest.raises(ValueError, match=r"logits must be \[2, 3, 9, 8\] torch.float32 on cpu as captured, got \[1,"):
         captured(Predictions(predictions.logits[:1], predictions.boxes[:1]), Targets.pack(targets))
-    with pytest.raises(ValueError, match="at most 8 targets, 5 in one image, got 9 and 3"):
+    with pytest.raises(ValueError, match="targets must be at most 8, 5 in one image, got 9 and 3"):
         captured(predictions, Targets.pack(batch((3, 3, 3))[1]))
-    with pytest.raises(ValueError, match="at most 8 targets, 5 in one image, got 6 and 6"):
+    with pytest.raises(ValueError, match="targets must be at most 8, 5 in one image, got 6 and 6"):
         captured(predictions, Targets.pack(batch((6, 0, 0))[1]))
-    with pytest.raises(ValueError, match="targets must be of 3 images, got 2"):
+    with pytest.raises(ValueError, match="targets must have one entry for each of 3 images, got 2"):
         captured(predictions, Targets.pack(batch((1, 1))[1]))
     with pytest.raises(ValueError, match="losses must not have 'masks'"):
         criterion_of([*LOSSES, "masks"]).capture(predictions, 8)
@@ -291,6 +354,10 @@ def test_arguments_are_checked() -> None:
         criterion_of(["label"])
     with pytest.raises(ValueError, match=r"logits must have 12 classes \(num_classes=11, kind='softmax'\), got 8"):
         SetCriterion(11, HungarianMatcher(), {}, 0.1, LOSSES)(predictions.as_dict(), targets)
+    with pytest.raises(
+        ValueError, match=r"logits must be \[L, B, Q, C\] \(pred_logits: \[B, Q, C\]\), got \[3, 9, 8\]"
+    ):
+        criterion_of()(Predictions(predictions.logits[0], predictions.boxes[0]), targets)
     with pytest.raises(ValueError, match="losses has 'masks', but outputs has no 'pred_masks'"):
         criterion_of([*LOSSES, "masks"])(predictions.as_dict(), targets)
     targets[1]["labels"], targets[1]["boxes"] = torch.tensor([7]), torch.rand(1, 4)
@@ -314,7 +381,7 @@ def test_compiles_whole_and_not_again_when_targets_change(fused: bool) -> None:
     for counts in ((3, 0, 7), (4, 4, 11), (2, 2, 2)):
         predictions, targets = batch(counts)
         gradients = []
-        for function in (total, compiled):
+        for function in (compiled, total):
             logits = predictions.logits.clone().requires_grad_()
             function(logits, predictions.boxes, Targets.pack(targets)).backward()
             gradients.append(logits.grad)

@@ -6,8 +6,6 @@ import pytest
 
 from benchmarks import ptx
 
-ARCHITECTURES = {80, 86, 89, 90, 100}
-
 
 @pytest.fixture(scope="module")
 def kernels() -> list[ptx.Kernel]:
@@ -21,11 +19,11 @@ def test_every_architecture_has_every_kernel(kernels: list[ptx.Kernel]) -> None:
     of_architecture: dict[int, set[str]] = {}
     for kernel in kernels:
         of_architecture.setdefault(kernel.architecture, set()).add(kernel.name)
-    assert set(of_architecture) == ARCHITECTURES
+    if set(of_architecture) != set(ptx.ARCHITECTURES):
+        pytest.skip(f"built for {sorted(of_architecture)} (CUDAARCHS, or an older nvcc), not {ptx.ARCHITECTURES}")
     assert len({frozenset(names) for names in of_architecture.values()}) == 1
-    assert {name.partition("<")[0] for name in of_architecture[90]} == {
-        *("assign", "matching_cost", "set_loss", "scale_gradients")
-    }
+    names = next(iter(of_architecture.values()))
+    assert {name.partition("<")[0] for name in names} == {*("assign", "matching_cost", "set_loss", "scale_gradients")}
 
 
 def test_no_kernel_has_a_stack_or_spills(kernels: list[ptx.Kernel]) -> None:
@@ -36,7 +34,7 @@ def test_registers_do_not_grow(kernels: list[ptx.Kernel]) -> None:
     compiler, registers = ptx.recorded()
     if ptx.compiler() != compiler:
         pytest.skip(f"recorded with nvcc {compiler}, this one is {ptx.compiler()}")
-    assert {(kernel.name, kernel.architecture) for kernel in kernels} == set(registers)
+    assert {(kernel.name, kernel.architecture) for kernel in kernels} <= set(registers)
     grown = [k for k in kernels if k.registers > registers[k.name, k.architecture]]
     assert grown == [], "if that is meant: python -m benchmarks.run ptx --update"
 
@@ -49,5 +47,6 @@ def test_two_blocks_fit_a_multiprocessor(kernels: list[ptx.Kernel]) -> None:
 
 
 def test_declared_shared_memory_is_what_launches_leave_room_for(kernels: list[ptx.Kernel]) -> None:
-    """kMostStaticShared in csrc/cuda/launch.h; the system takes 1 KiB of each block's."""
-    assert max(kernel.shared for kernel in kernels) <= 2048 + 1024
+    """kMostStaticShared in csrc/cuda/launch.h; since 9.0 the system's own 1 KiB is counted."""
+    for kernel in kernels:
+        assert kernel.shared - (1024 if kernel.architecture >= 90 else 0) <= 2048, kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detr_fast.structures import Images, Predictions, Targets, offsets_of
+from detr_fast.structures import Images, Predictions, StaticTargets, Targets, offsets_of
 
 
 def target(labels: list[int], boxes: list[list[float]] | None = None) -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def test_targets_reach_the_device_in_one_copy() -> None:
 
 
 def test_memory_of_fixed_capacity_takes_over_targets() -> None:
-    kept = Targets.with_capacity(images=2, capacity=6, max_count=4)
+    kept = StaticTargets.with_capacity(images=2, capacity=6, max_count=4)
     assert (len(kept), kept.max_count, kept.labels.shape, kept.offsets.tolist()) == (2, 4, (6,), [0, 0, 0])
     addresses = [x.data_ptr() for x in (kept.labels, kept.boxes, kept.offsets)]
     for counts in ((4, 2), (0, 1), (0, 0)):
@@ -141,7 +141,17 @@ def test_memory_of_fixed_capacity_takes_over_targets() -> None:
         assert torch.equal(kept.boxes[: sum(counts)], given.boxes)
     assert addresses == [x.data_ptr() for x in (kept.labels, kept.boxes, kept.offsets)]
     with pytest.raises(ValueError, match=r"max_count must be in \[0, 6\], got 7"):
-        Targets.with_capacity(2, 6, 7)
+        StaticTargets.with_capacity(2, 6, 7)
+    with pytest.raises(ValueError, match="capacity must be at least 0, got -1"):
+        StaticTargets.with_capacity(2, -1)
     masked = [{"labels": torch.zeros(1).long(), "boxes": torch.rand(1, 4), "masks": torch.ones(1, 2, 2) > 0}] * 2
-    with pytest.raises(ValueError, match="masks have no room"):
+    with pytest.raises(ValueError, match="targets must have no masks"):
         kept.copy_(Targets.pack(masked))
+
+
+def test_boxes_that_are_not_finite_name_their_image() -> None:
+    boxes = torch.rand(2, 4)
+    boxes[1, 0] = torch.nan
+    targets = [{"labels": torch.zeros(2).long(), "boxes": box} for box in (torch.rand(2, 4), boxes)]
+    with pytest.raises(ValueError, match=r"targets of image 1 of the batch, target 1: box must be .* finite, .* got"):
+        Targets.pack(targets)

@@ -8,11 +8,12 @@
 namespace detr::cpu {
 namespace {
 
+// argmax: the first of equal ones, and NaN is above all.
 template <typename T>
 int64_t largest_of(const T* row, int64_t classes) {
   int64_t best = 0;
-  for (int64_t c = 1; c < classes; ++c)
-    if (row[c] > row[best]) best = c;
+  for (int64_t c = 1; c < classes && row[best] == row[best]; ++c)
+    if (!(row[c] <= row[best])) best = c;
   return best;
 }
 

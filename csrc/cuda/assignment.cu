@@ -13,6 +13,7 @@
 
 #include "assignment_search.h"
 #include "launch.h"
+#include "segments.h"
 
 namespace detr::cuda {
 namespace {
@@ -21,13 +22,15 @@ constexpr int kThreads = 256;
 constexpr int kRegisterRows = 256;  // most rows whose search is kept in registers
 constexpr int kAnyRows = INT32_MAX;
 
-// Image that comes `rank`-th when those with most targets come first. Large batches are taken as they are.
+// Image that comes `rank`-th when those with most targets come first; of at most as many images as a block has threads.
 __device__ int ranked_image(const Batch& batch, int rank) {
   __shared__ int32_t count[kThreads];
   __shared__ int chosen;
   const int images = int(batch.images), own = int(threadIdx.x);
-  if (images > kThreads) return rank;
-  if (own < images) count[own] = batch.offsets[own + 1] - batch.offsets[own];
+  if (own < images) {
+    const Segment segment = segment_of(batch, own);
+    count[own] = segment.end - segment.begin;
+  }
   __syncthreads();
   if (own < images) {
     int before = 0;
@@ -85,15 +88,20 @@ __device__ Counts start_greedily(const CostView<T, kStrided>& view, const Worksp
   return counts;
 }
 
-// Row minima from what the cost kernel left for every 32 queries.
+// Row minima from what the cost kernel left for every 32 queries, a row by eight lanes.
 __device__ __forceinline__ void read_minima(const uint64_t* minima,  // [rows, segments]
                                             int segments, int rows, const Workspace<float>& ws) {
-  for (int i = threadIdx.x; i < rows; i += kThreads) {
+  constexpr int kLanes = 8;
+  const int lane = threadIdx.x % kLanes;
+  for (int start = 0; start < rows; start += kThreads / kLanes) {
+    const int i = start + int(threadIdx.x) / kLanes;
+    const uint64_t* own = minima + int64_t(smaller(i, rows - 1)) * segments;
     uint64_t least = ~uint64_t(0);
-    for (int s = 0; s < segments; ++s) {
-      const uint64_t x = minima[int64_t(i) * segments + s];
-      least = x < least ? x : least;
-    }
+    for (int s = lane; s < segments; s += kLanes) least = smaller(own[s], least);
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2)
+      least = smaller(__shfl_xor_sync(kAllLanes, least, distance), least);
+    if (lane != 0 || i >= rows) continue;
     const float cost = from_ordered<float>(uint32_t(least >> 32));
     const bool found = cost < kInfinity<float>;
     ws.best_cost[i] = ws.lowest_cost[i] = found ? cost : kInfinity<float>;
@@ -139,12 +147,14 @@ struct AssignLaunch {
   int segments;
   unsigned char* scratch;  // [L, B, scratch_bytes], for problems that do not fit shared memory
   size_t scratch_bytes, shared_bytes;
+  bool heavy_first;  // more blocks than the device runs at once
 };
 
 // One problem and where its results go.
 template <typename T>
 struct Problem {
-  const T* cost;  // [targets, queries]
+  const T* cost;      // [targets, queries]
+  int64_t first_row;  // of all layers
   int targets, queries;
   bool transposed;           // rows are queries
   int32_t* query_of_target;  // [targets]
@@ -152,12 +162,13 @@ struct Problem {
 
   __device__ Problem(const AssignmentArguments<T>& a, int layer, int image) {
     const Batch& batch = a.batch;
-    const int32_t first = batch.offsets[image];
-    const int64_t at = layer * batch.targets + first;
-    targets = batch.offsets[image + 1] - first;
+    const Segment segment = segment_of(batch, image);
+    const int64_t at = layer * batch.targets + segment.begin;
+    targets = segment.end - segment.begin;
     queries = int(batch.queries);
     transposed = targets > queries;
     cost = a.cost + at * queries;
+    first_row = at;
     query_of_target = a.query_of_target + at;
     target_price = a.target_price ? a.target_price + at : nullptr;
     query_price = a.query_price ? a.query_price + (layer * batch.images + image) * batch.queries : nullptr;
@@ -188,11 +199,11 @@ struct Problem {
 // Up to 256 rows: a warp searches, slots in registers.
 template <int kMostRows>
 __device__ __forceinline__ void solve_by_warp(const AssignLaunch<float>& launch, const Problem<float>& problem,
-                                              int64_t first_row, size_t workspace_bytes) {
+                                              size_t workspace_bytes) {
   const auto view = problem.view<false>();
   const Workspace<float> ws(dynamic_shared, view.rows);
   if (launch.minima) {
-    read_minima(launch.minima + first_row * launch.segments, launch.segments, view.rows, ws);
+    read_minima(launch.minima + problem.first_row * launch.segments, launch.segments, view.rows, ws);
   } else {
     find_minima(view, ws);
   }
@@ -240,26 +251,26 @@ __global__ void __launch_bounds__(kThreads, kMostRows == kAnyRows ? 1 : 2) assig
   const AssignmentArguments<T>& a = launch.arguments;
   const Batch& batch = a.batch;
   const unsigned layers = unsigned(batch.layers), layer = blockIdx.x % layers;
-  const int image = ranked_image(batch, int(blockIdx.x / layers));
+  const int number_of_image = int(blockIdx.x / layers);
+  const int image = launch.heavy_first ? ranked_image(batch, number_of_image) : number_of_image;
   const Problem<T> problem(a, int(layer), image);
   for (int t = threadIdx.x; t < problem.targets; t += kThreads) problem.query_of_target[t] = -1;
   if (image + 1 == batch.images)  // rows past the last offset
-    for (int64_t t = batch.offsets[batch.images] + int(threadIdx.x); t < batch.targets; t += kThreads)
+    for (int64_t t = end_of_targets(batch) + int(threadIdx.x); t < batch.targets; t += kThreads)
       a.query_of_target[layer * batch.targets + t] = -1;
   if (problem.rows() == 0) return;
 
-  const int64_t first_row = layer * batch.targets + batch.offsets[image];
   const size_t bytes = Workspace<T>::bytes(problem.rows(), problem.columns());
   const bool in_shared = bytes <= launch.shared_bytes;
   // Images with more targets than max_count are left unmatched: there is no room for them.
   if constexpr (kMostRows != kAnyRows) {
     if (problem.transposed || bytes + gathered_bytes(problem.rows()) > launch.shared_bytes) return;
-    if (problem.rows() <= kMostRows) solve_by_warp<kMostRows>(launch, problem, first_row, bytes);
+    if (problem.rows() <= kMostRows) solve_by_warp<kMostRows>(launch, problem, bytes);
   } else {
     if (!in_shared && bytes > launch.scratch_bytes) return;
     if constexpr (sizeof(T) == sizeof(float)) {
       if (in_shared && !problem.transposed && problem.rows() <= kRegisterRows)
-        return solve_by_warp<kMostRows>(launch, problem, first_row, bytes);
+        return solve_by_warp<kMostRows>(launch, problem, bytes);
     }
     const int64_t number = layer * batch.images + image;
     solve_by_block(problem, in_shared ? dynamic_shared : launch.scratch + number * launch.scratch_bytes);
@@ -269,13 +280,22 @@ __global__ void __launch_bounds__(kThreads, kMostRows == kAnyRows ? 1 : 2) assig
 template <typename T>
 AssignLaunch<T> launch_of(const AssignmentArguments<T>& a, const uint64_t* minima, const AssignPlan& plan,
                           void* scratch) {
-  const int segments = minima_segments(a.batch.queries);
-  return {a, minima, segments, static_cast<unsigned char*>(scratch), plan.scratch_bytes, plan.shared_bytes};
+  const int64_t blocks = a.batch.layers * a.batch.images;
+  const bool heavy_first =
+      a.batch.images <= kThreads && blocks > 2 * attribute_of_device(cudaDevAttrMultiProcessorCount, "assign");
+  return {a,
+          minima,
+          static_cast<int>(minima_segments(a.batch.queries)),
+          static_cast<unsigned char*>(scratch),
+          plan.scratch_bytes,
+          plan.shared_bytes,
+          heavy_first};
 }
 
 }  // namespace
 
 AssignPlan assign_plan(const Batch& batch, int64_t max_count, ElementType type) {
+  max_count = std::min(max_count, batch.targets);
   const int64_t rows = std::min(max_count, batch.queries), columns = std::max(max_count, batch.queries);
   const size_t limit = shared_memory_limit("assign");
   if (type == ElementType::kFloat64) {

@@ -74,8 +74,8 @@ __device__ __forceinline__ CentreBox<T> read_box(const Elements& from, int64_t r
 
 template <typename T>
 __device__ __forceinline__ CentreBox<T> target_box(const float* boxes, int64_t row) {
-  const float* box = boxes + 4 * row;
-  return {T(box[0]), T(box[1]), T(box[2]), T(box[3])};
+  const float* box = boxes + 4 * row;  // read-only loads, which stores to other arrays do not hold up
+  return {T(__ldg(box)), T(__ldg(box + 1)), T(__ldg(box + 2)), T(__ldg(box + 3))};
 }
 
 __device__ __forceinline__ void put(double* to, double x) { *to = x; }

@@ -22,12 +22,16 @@ inline void check(cudaError_t error, const char* kernel) {
 // More than any kernel declares; a test reads the built kernels.
 constexpr size_t kMostStaticShared = 2048;
 
+inline int attribute_of_device(cudaDeviceAttr attribute, const char* kernel) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), kernel);
+  check(cudaDeviceGetAttribute(&value, attribute, device), kernel);
+  return value;
+}
+
 // Shared memory that a block may ask for on the current device, beside what its kernel declares.
 inline size_t shared_memory_limit(const char* kernel) {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), kernel);
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kernel);
-  return static_cast<size_t>(bytes) - kMostStaticShared;
+  return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, kernel) - kMostStaticShared;
 }
 
 // Enqueues a kernel on a stream of the current device; no blocks, no launch.
@@ -36,9 +40,11 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
             void* stream, Arguments&&... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error(std::string("CUDA kernel ") + name + ": the batch is too large");
-  if (shared_bytes > 48 * 1024)
+  // Beyond 48 KiB in all a kernel must be allowed to; always the same number, so that calls of other sizes, in other
+  // threads or captured in graphs, keep their right.
+  if (shared_bytes + kMostStaticShared > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
+                               static_cast<int>(shared_memory_limit(name))),
           name);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

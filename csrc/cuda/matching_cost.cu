@@ -1,16 +1,16 @@
 // Matching cost of every target with the queries of its own image: the arithmetic of cpu/matching_cost.h in the same
 // order, so the same bits in float.
 //
-// A block takes 64 queries of one image in one layer. First teams of 16 lanes read a query's logits once, into shared
-// memory where they fit, and find maximum and sum (softmax). Then each warp takes 32 queries and every fourth target:
-// rows of the cost are written whole, and their minima are left for the assignment. Memory: logits once, costs once.
-#include <algorithm>
-
+// A block takes 64 queries of one image in one layer. For softmax, teams of 16 lanes read a query's logits once, into
+// shared memory where they fit (383 classes), and find maximum and sum; for focal only the targets' labels are read.
+// Then each warp takes 32 queries and every fourth target: rows of the cost are written whole, and their minima are
+// left for the assignment.
 #include "../core/class_cost.h"
 #include "../kernels.h"
 #include "elements.h"
 #include "group.h"
 #include "launch.h"
+#include "segments.h"
 #include "softmax_row.h"
 
 namespace detr::cuda {
@@ -39,7 +39,7 @@ struct Softmax {
   T largest, scale;
 };
 
-// All softmax statistics of a block's queries.
+// Softmax statistics of a block's queries; keeps the logits in `rows` [kTile, row_stride] where they fit.
 template <typename T, typename E>
 __device__ __forceinline__ void read_rows(const CostLaunch<T>& launch, int64_t first_query, int count, T* rows,
                                           Softmax<T>* softmax) {
@@ -129,15 +129,15 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
   const unsigned tiles = unsigned(queries + kTile - 1) / kTile, number = blockIdx.x / tiles;
   const int start = int(blockIdx.x % tiles) * kTile, count = smaller(kTile, queries - start);
   const int layer = int(number / unsigned(batch.images)), image = int(number % unsigned(batch.images));
-  const int32_t first_target = batch.offsets[image];
-  const int targets = batch.offsets[image + 1] - first_target;
+  const Segment segment = segment_of(batch, image);
+  const int first_target = segment.begin, targets = segment.end - segment.begin;
   const int64_t first_query = int64_t(number) * queries + start, first_row = layer * batch.targets + first_target;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int own = warp % 2 * kWarpSize + lane, query = start + own;  // of this thread
   const bool is_query = own < count;
 
   if (!launch.minima && image + 1 == batch.images && is_query)  // rows past the last offset
-    for (int64_t t = batch.offsets[batch.images] + warp / 2; t < batch.targets; t += kTargetWarps)
+    for (int64_t t = end_of_targets(batch) + warp / 2; t < batch.targets; t += kTargetWarps)
       launch.cost[(layer * batch.targets + t) * queries + query] = 0;
   if (targets == 0) return;
 
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
   const int64_t label_end = label_limit(a.kind, classes);
   Faults faults;
   for (int t = warp / 2; t < targets; t += kTargetWarps) {
-    const int64_t label = a.labels[first_target + t];
+    const int64_t label = __ldg(a.labels + first_target + t);
     const bool label_is_known = label >= 0 && label < label_end;
     T class_cost = std::numeric_limits<T>::quiet_NaN();
     if (label_is_known) {
@@ -167,7 +167,9 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
     const bool allowed = fabs(pair.total) < kCostLimit<T>;
     if (is_query) launch.cost[(first_row + t) * queries + query] = pair.total;
     if (is_query && !allowed && launch.status) {
-      const int64_t position = ((int64_t(layer) << kImageBits | image) << kTargetBits | t) << kQueryBits | query;
+      const int last = (1 << kTargetBits) - 1;  // targets beyond are reported as this one
+      const int64_t position =
+          ((int64_t(layer) << kImageBits | image) << kTargetBits | smaller(t, last)) << kQueryBits | query;
       note_fault(pair, label_is_known, position, faults);
     }
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -175,10 +177,10 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
         const uint32_t key = ordered(allowed && is_query ? pair.total : kInfinity<float>);
         const uint32_t least = __reduce_min_sync(kAllLanes, key);
         const int first = __ffs(int(__ballot_sync(kAllLanes, key == least))) - 1;
-        const int segment = (start + warp % 2 * kWarpSize) / kWarpSize;
-        if (lane == 0 && segment < launch.segments)
-          launch.minima[(first_row + t) * launch.segments + segment] =
-              uint64_t(least) << 32 | unsigned(segment * kWarpSize + first);
+        const int part = (start + warp % 2 * kWarpSize) / kWarpSize;
+        if (lane == 0 && part < launch.segments)
+          launch.minima[(first_row + t) * launch.segments + part] =
+              uint64_t(least) << 32 | unsigned(part * kWarpSize + first);
       }
     }
   }
@@ -191,7 +193,7 @@ void enqueue(const CostArguments<T>& a, T* cost, uint64_t* minima, int64_t* stat
   const size_t row_bytes = (a.classes | 1) * sizeof(T);  // odd: no two queries of a warp meet in a bank
   const bool in_shared = a.kind == ClassKind::kSoftmax && kTile * row_bytes <= kMostRowBytes;
   const CostLaunch<T> arguments = {
-      a, cost, minima, minima_segments(a.batch.queries), status, in_shared ? int(a.classes | 1) : 0};
+      a, cost, minima, static_cast<int>(minima_segments(a.batch.queries)), status, in_shared ? int(a.classes | 1) : 0};
   const auto start = [&](auto kernel) {
     launch("matching_cost", kernel, a.batch.layers * a.batch.images * tiles, kThreads,
            in_shared ? kTile * row_bytes : 0, stream, arguments);

@@ -1,5 +1,4 @@
 // The op assign.
-#include <limits>
 #include <tuple>
 
 #include "checks.h"

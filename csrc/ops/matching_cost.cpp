@@ -33,14 +33,16 @@ CostArguments<T> arguments_of(const char* op, const CostInputs& in, const CostOp
 }
 
 // The status packs a position into one integer.
-void check_packable(const char* op, const Batch& batch, int64_t most_targets) {
+void check_packable(const char* op, const Batch& batch, bool counts_are_on_host) {
   const auto check_fits = [op](const char* name, int64_t count, int bits) {
     check(count < int64_t(1) << bits, op, ": at most ", (int64_t(1) << bits) - 1, " ", name, ", got ", count);
   };
   check_fits("layers", batch.layers, kLayerBits);
   check_fits("images", batch.images, kImageBits);
   check_fits("queries", batch.queries, kQueryBits);
-  check_fits("targets in one image", most_targets, kTargetBits);
+  if (!counts_are_on_host) return;
+  for (int64_t b = 0; b < batch.images; ++b)
+    check_fits("targets in one image", batch.offsets[b + 1] - batch.offsets[b], kTargetBits);
 }
 
 void check_status(const char* op, const std::optional<Tensor>& status) {
@@ -68,10 +70,7 @@ void run_on_host(const char* op, const CostArguments<T>& arguments, int64_t max_
                  const std::optional<Tensor>& status, Kernel kernel) {
   const Batch& batch = arguments.batch;
   check_offsets(op, batch, max_count);
-  int64_t most_targets = 0;
-  for (int64_t b = 0; b < batch.images; ++b)
-    most_targets = std::max<int64_t>(most_targets, batch.offsets[b + 1] - batch.offsets[b]);
-  check_packable(op, batch, most_targets);
+  check_packable(op, batch, true);
   std::vector<Forbidden> forbidden(batch.layers * batch.images);
   const double targets = double(batch.targets) / std::max<int64_t>(batch.images, 1);
   const double work = double(batch.queries) * (double(arguments.classes) + targets);
@@ -167,7 +166,7 @@ Tensor new_cost(const Tensor& like, const Batch& batch) {
 template <typename T>
 Tensor matching_cost_on_device(const CostInputs& in, const CostOptions& options, int64_t* status, void* stream) {
   const auto arguments = arguments_of<T>("matching_cost", in, options);
-  check_packable("matching_cost", arguments.batch, options.max_count);
+  check_packable("matching_cost", arguments.batch, false);
   Tensor cost = new_cost<T>(in.logits, arguments.batch);
   if (arguments.batch.images == 0) torch::stable::fill_(cost, 0);
   enqueue_cost(arguments, cost, nullptr, status, stream);
@@ -190,7 +189,7 @@ template <typename T>
 Tensor match_on_device(const CostInputs& in, const CostOptions& options, int64_t* status, void* stream) {
   const auto arguments = arguments_of<T>("match", in, options);
   const Batch& batch = arguments.batch;
-  check_packable("match", batch, options.max_count);
+  check_packable("match", batch, false);
   Tensor query_of_target = torch::stable::new_empty(in.logits, {batch.layers, batch.targets}, ScalarType::Int);
   if (batch.images == 0) torch::stable::fill_(query_of_target, -1);
   Tensor cost = new_cost<T>(in.logits, batch);

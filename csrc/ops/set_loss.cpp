@@ -302,6 +302,7 @@ SetLoss set_loss_on_device(const LossInputs& in, void* stream) {
                                             total.template mutable_data_ptr<T>(),
                                             logits_gradient.template mutable_data_ptr<T>(),
                                             boxes_gradient.template mutable_data_ptr<T>()};
+  if (arguments.batch.layers == 0) torch::stable::fill_(total, 0);  // by no block
   const Tensor scratch = new_bytes(p.logits, int64_t(cuda::set_loss_scratch_bytes(arguments.batch)));
   cuda::set_loss(arguments, scratch.mutable_data_ptr(), stream);
   return result;

@@ -50,14 +50,14 @@ def assign(
     return torch.ops.detr_fast.assign.default(cost, offsets, -1 if max_count is None else max_count, False)[0]
 
 
-def assign_with_prices(cost: Tensor, offsets: Tensor) -> Assignment:
+def assign_with_prices(cost: Tensor, offsets: Tensor, max_count: int | None = None) -> Assignment:
     """As :func:`assign`, with the dual prices u (targets) and v (queries) as a certificate of optimality.
 
     For every pair ``u[t] + v[q] <= cost[t, q]`` up to rounding, with equality where matched, and all prices of an image
     sum to its total cost. Unmatched targets and queries have price 0. In an image where forbidden pairs keep a target
     from being matched, the equalities and the sum still hold, the inequality need not.
     """
-    return Assignment(*torch.ops.detr_fast.assign.default(cost, offsets, -1, True))
+    return Assignment(*torch.ops.detr_fast.assign.default(cost, offsets, -1 if max_count is None else max_count, True))
 
 
 def batch_linear_assignment(cost: Tensor) -> Tensor:  # [N, rows, columns] -> [N, rows] int64

@@ -76,6 +76,7 @@ def weighted_set_loss(
     """As :func:`set_loss`, with the weighted sum of all losses to differentiate: one launch forward, one backward.
 
     Terms of weight 0 take no part, even if they are NaN. Weights of the two errors change the sum, not the gradient.
+    Differentiable in logits and boxes only, not in the weights. Errors as of :func:`set_loss`.
     """
     arguments = (logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes, class_weight, loss_weight)
     losses, total, *_ = torch.ops.detr_fast.set_loss.default(*arguments, kind, alpha, gamma)
@@ -101,7 +102,7 @@ def set_loss_reference(
     dtype = torch.float64 if exact else torch.float32
     logits, boxes, target_boxes = logits.to(dtype), boxes.to(dtype), target_boxes.to(dtype)
     counts = offsets.diff().long()
-    image_of_target = torch.arange(len(counts)).repeat_interleave(counts)
+    image_of_target = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     matches = query_of_target[:, : len(image_of_target)].long()
     rows = []
     for layer in range(logits.shape[0]):
@@ -138,11 +139,11 @@ def _class_loss(
     gamma: float,
 ) -> Tensor:
     if kind == "softmax":
-        wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1)
+        wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
         wanted[where] = label
         weight = None if class_weight is None else class_weight.to(logits.dtype)
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight)
-    positive = torch.zeros(logits.shape, dtype=torch.bool)
+    positive = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     positive[(*where, label)] = True
     p = logits.sigmoid()
     loss = torch.where(
@@ -196,9 +197,9 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     _, _, logits_gradient, boxes_gradient = output
     ctx.mark_non_differentiable(logits_gradient, boxes_gradient)
     ctx.set_materialize_grads(False)
-    loss_weight = inputs[8]
+    logits, boxes, *_, loss_weight, _, _, _ = inputs
     ctx.save_for_backward(loss_weight, logits_gradient, boxes_gradient)
-    ctx.types = (inputs[0].dtype, inputs[1].dtype)
+    ctx.types = (logits.dtype, boxes.dtype)
 
 
 def _scale_gradients(

@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "races.h"
@@ -96,7 +97,7 @@ struct WarpState {
 };
 
 struct BlockState {
-  int live = 0, waiting = 0, predicates = 0;
+  int live = 0, waiting = 0;
   uint32_t epoch = 0;
   Place place;
   std::vector<int> waiters;
@@ -167,10 +168,9 @@ std::string at(Place place) {
 void release_block() {
   Emulator& e = state();
   BlockState& b = e.block;
-  for (int number : b.waiters) e.fibres[number].result = b.predicates;
   e.ready.insert(e.ready.end(), b.waiters.begin(), b.waiters.end());
   b.waiters.clear();
-  b.waiting = b.predicates = 0;
+  b.waiting = 0;
   ++b.epoch;
 }
 
@@ -357,6 +357,7 @@ void access(const void* address, size_t size, bool is_write, bool is_atomic) {
   const Access now = {
       e.block_number, number,   e.block.epoch, e.warps[number / 32].epoch, e.races.fences(e.block_number, number),
       is_atomic,      is_shared};
+  if (is_atomic) e.races.synchronize(e.block_number);
   e.races.add(reinterpret_cast<uintptr_t>(address), size, is_write, now);
 }
 
@@ -415,24 +416,16 @@ uint64_t exchange(unsigned mask, uint64_t value, const char* name, Place place, 
 
 void sync_warp(unsigned mask, Place place) { gather(mask, 0, "__syncwarp", place, true, nullptr, 0); }
 
-int sync_block_count(int predicate, Place place) {
+void sync_block(Place place) {
   Emulator& e = state();
   BlockState& b = e.block;
   if (b.waiting > 0 && (b.place.line() != place.line() || std::strcmp(b.place.file_name(), place.file_name()) != 0))
     fail("divergent barrier: threads of one block call __syncthreads at " + at(b.place) + " and at " + at(place));
   b.place = place;
-  b.predicates += predicate != 0;
-  if (++b.waiting == b.live) {
-    const int result = b.predicates;
-    release_block();
-    return result;
-  }
+  if (++b.waiting == b.live) return release_block();
   b.waiters.push_back(e.current->number);
   leave();
-  return int(e.current->result);
 }
-
-void sync_block(Place place) { sync_block_count(0, place); }
 
 void fence() { state().races.fence(state().block_number, state().current->number); }
 
@@ -464,16 +457,21 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 namespace {
-// Dynamic shared memory that each kernel was allowed to have.
-std::vector<std::pair<const void*, int>>& allowed_bytes() {
-  static std::vector<std::pair<const void*, int>> list;
-  return list;
+
+// Declared by the kernels: not known here, so at most. Counts in the 48 KiB that a launch has without asking.
+constexpr size_t kDeclaredShared = 2048;
+
+// Dynamic shared memory that each kernel was allowed to have, by the last call.
+std::unordered_map<const void*, size_t>& allowed_bytes() {
+  static std::unordered_map<const void*, size_t> bytes;
+  return bytes;
 }
+
 }  // namespace
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || size_t(value) > emulator::state().shared_limit) return cudaErrorInvalidValue;
-  allowed_bytes().emplace_back(kernel, value);
+  if (value < 0 || value + kDeclaredShared > emulator::state().shared_limit) return cudaErrorInvalidValue;
+  allowed_bytes()[kernel] = size_t(value);
   return cudaSuccess;
 }
 
@@ -484,11 +482,10 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 }
 
 bool emulated_launch_is_valid(const cudaLaunchConfig_t& config, const void* kernel) {
-  int most = 48 * 1024;
-  for (const auto& [known, bytes] : allowed_bytes())
-    if (known == kernel) most = std::max(most, bytes);
+  const auto found = allowed_bytes().find(kernel);
+  const size_t most = found == allowed_bytes().end() ? 48 * 1024 - kDeclaredShared : found->second;
   const dim3 block = config.blockDim;
-  return block.x * block.y * block.z <= 1024 && config.dynamicSmemBytes <= size_t(most) && config.gridDim.x > 0;
+  return block.x * block.y * block.z <= 1024 && config.dynamicSmemBytes <= most && config.gridDim.x > 0;
 }
 
 // ---- what -fsanitize=thread compiles into the kernels ---------------------------------------------------------------

@@ -10,7 +10,7 @@ namespace {
 
 using detr::cuda::kAllLanes;
 
-enum class Fault { kNone, kMissingBarrier };
+enum class Fault { kNone, kMissingBarrier, kNoCounter };
 
 // Every thread reads what its neighbour in the next warp wrote.
 template <Fault fault>
@@ -71,8 +71,26 @@ template <Fault fault>
 __global__ void last_block(int* values, unsigned* arrived, int* result) {
   values[blockIdx.x] = 1;
   if constexpr (fault == Fault::kNone) __threadfence();
-  if (atomicAdd(arrived, 1u) != 3) return;
+  if constexpr (fault == Fault::kNoCounter) {
+    if (blockIdx.x != 3) return;  // which need not be the last to run
+  } else {
+    if (atomicAdd(arrived, 1u) != 3) return;
+  }
   *result = values[0] + values[1] + values[2] + values[3];
+}
+
+// Each block reads its neighbour's number and writes its own.
+__global__ void exchange_between_blocks(int* values) {
+  const int other = values[(blockIdx.x + 1) % 4];
+  values[blockIdx.x] = other + 1;
+}
+
+// 47 KiB and what the kernel declares are more than the 48 KiB that a launch has without asking.
+void start_without_leave(int* result) {
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 47 * 1024;
+  detr::cuda::check(cudaLaunchKernelEx(&config, exited_lanes, result), "planted");
 }
 
 }  // namespace
@@ -106,6 +124,12 @@ int run(const std::string& name) {
     launch("planted", last_block<Fault::kNone>, 4, 1, 0, nullptr, values, &arrived, &result);
   else if (name == "missing __threadfence")
     launch("planted", last_block<Fault::kMissingBarrier>, 4, 1, 0, nullptr, values, &arrived, &result);
+  else if (name == "no counter of blocks")
+    launch("planted", last_block<Fault::kNoCounter>, 4, 1, 0, nullptr, values, &arrived, &result);
+  else if (name == "exchange between blocks")
+    launch("planted", exchange_between_blocks, 4, 1, 0, nullptr, values);
+  else if (name == "shared memory without leave")
+    start_without_leave(&result);
   else if (name == "too many threads")
     start(exchange_in_block<Fault::kNone>, 2048);
   else

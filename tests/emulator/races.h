@@ -1,12 +1,13 @@
 // Races of one launch, found by what orders two accesses rather than by their luck: two threads touch the same two
 // bytes, one of them writes, not both atomically, and no barrier lies between. __syncthreads orders a block,
-// __syncwarp a warp. Shuffles, votes and reductions order nothing, as CUDA has it. Another block may read what a
-// thread wrote before its __threadfence.
+// __syncwarp a warp. Shuffles, votes and reductions order nothing, as CUDA has it. A block may read what a thread of
+// another wrote before its __threadfence, once it has itself made an atomic access, as the last block of a grid does.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace emulator {
@@ -23,6 +24,7 @@ class Races {
   void clear() {
     cells_.clear();
     fences_.clear();
+    synchronized_.clear();
     description_.clear();
     accesses = 0;
   }
@@ -31,6 +33,9 @@ class Races {
     ++accesses;
     for (uintptr_t pair = address / 2; pair <= (address + size - 1) / 2; ++pair) add_pair(pair, is_write, access);
   }
+
+  // A block has made an atomic access.
+  void synchronize(int64_t block) { synchronized_.insert(block); }
 
   void fence(int64_t block, int thread) { ++fences_[block << 12 | thread]; }
   uint32_t fences(int64_t block, int thread) const {
@@ -52,14 +57,16 @@ class Races {
   struct Cell {
     bool written = false;
     Access write{};
-    int64_t block = -1;  // the reads are of this block and epoch; earlier ones come before all that follows
+    int64_t block = -1;        // the reads are of this block and epoch; its earlier ones come before all that follows
+    int64_t other_block = -1;  // another one that has read since the write
     uint32_t block_epoch = 0;
     std::vector<WarpReads> reads;
   };
 
   bool ordered(const Access& before, const Access& now, bool both_write) const {
     if (before.block != now.block && now.is_shared) return true;
-    if (before.block != now.block) return !both_write && fences(before.block, before.thread) > before.fences;
+    if (before.block != now.block)
+      return !both_write && fences(before.block, before.thread) > before.fences && synchronized_.count(now.block) > 0;
     if (before.thread == now.thread) return true;
     if (before.block_epoch < now.block_epoch) return true;
     return before.thread / 32 == now.thread / 32 && before.warp_epoch < now.warp_epoch;
@@ -70,6 +77,7 @@ class Races {
     if (cell.written && !(cell.write.is_atomic && now.is_atomic) && !ordered(cell.write, now, is_write))
       report(cell.write.block, cell.write.thread, "writes", now, is_write);
     if (cell.block != now.block || cell.block_epoch != now.block_epoch) {
+      if (cell.block != now.block && !cell.reads.empty() && !now.is_shared) cell.other_block = cell.block;
       cell.reads.clear();
       cell.block = now.block;
       cell.block_epoch = now.block_epoch;
@@ -77,6 +85,7 @@ class Races {
     if (is_write) {
       check_reads(cell, now);
       cell.reads.clear();
+      cell.other_block = -1;
       cell.written = true;
       cell.write = now;
     } else {
@@ -97,6 +106,7 @@ class Races {
   }
 
   void check_reads(const Cell& cell, const Access& now) {
+    if (cell.other_block >= 0 && cell.other_block != now.block) report(cell.other_block, 0, "reads", now, true);
     for (const WarpReads& reads : cell.reads) {
       const bool same_warp = reads.warp == now.thread / 32;
       uint32_t others = reads.lanes;
@@ -114,6 +124,7 @@ class Races {
 
   std::unordered_map<uintptr_t, Cell> cells_;
   std::unordered_map<int64_t, uint32_t> fences_;
+  std::unordered_set<int64_t> synchronized_;
   std::string description_;
 };
 

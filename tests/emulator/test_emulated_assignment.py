@@ -150,3 +150,23 @@ def test_one_launch(emulator: ModuleType) -> None:
     before = emulator.counts()[0]
     torch.ops.detr_fast_emulated.assign.default(torch.rand(6, 40, 30), offsets_of([10, 30]), 30, False)
     assert emulator.counts()[0] == before + 1
+
+
+@pytest.mark.parametrize(("queries", "targets"), [(200, 102), (300, 102), (900, 99)])
+def test_shared_memory_just_below_what_needs_no_leave(emulator: ModuleType, queries: int, targets: int) -> None:
+    """What the kernel declares counts too."""
+    assert_equal(torch.rand(1, targets, queries), offsets_of([targets]), targets)
+
+
+def test_any_upper_bound_will_do(emulator: ModuleType) -> None:
+    cost = torch.rand(2, 40, 30)
+    for most in (30, 40, 10**8):  # memory follows the targets that there are
+        assert_equal(cost, offsets_of([10, 30]), most)
+
+
+def test_offsets_that_are_none_harm_nothing(emulator: ModuleType) -> None:
+    """They cannot be refused without waiting for the device; no kernel leaves its arrays."""
+    cost = torch.rand(2, 40, 30)
+    for offsets in ([0, 10, 10**9], [0, 30, 5], [-7, 20, 40]):
+        found = torch.ops.detr_fast_emulated.assign.default(cost, torch.tensor(offsets, dtype=torch.int32), -1, True)
+        assert ((found[0] >= -1) & (found[0] < 30)).all()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.scenes import COST_WEIGHTS, scene
-from detr_fast import HungarianMatcher, Predictions, SetCriterion, Targets
+from detr_fast import HungarianMatcher, Predictions, SetCriterion, StaticTargets, Targets
 
 LOSSES = ["labels", "boxes", "cardinality"]
 LAYERS = 6
@@ -76,7 +76,7 @@ def test_captured_criterion_with_changing_targets(emulated_ops) -> None:
 def test_nothing_depends_on_the_targets_but_values(emulated_ops) -> None:
     """Launches are the same whatever the counts: what a CUDA graph needs."""
     criterion, launches = criterion_of("softmax"), set()
-    kept = Targets.with_capacity(3, 40, 20)
+    kept = StaticTargets.with_capacity(3, 40, 20)
     for seed, counts in enumerate([[5, 0, 12], [20, 20, 0], [0, 0, 0]]):
         predictions, targets = batch(counts, seed)
         kept.copy_(targets)

@@ -50,7 +50,7 @@ def test_scenes(emulator: ModuleType, kind: str) -> None:
 
 
 def test_more_classes_than_shared_memory_holds(emulator: ModuleType) -> None:
-    for classes in (383, 384, 385, 1204):
+    for classes in (190, 191, 383, 384, 385, 1204):
         assert_same(*predictions_and_targets((3, 5), 1, 40, classes))
 
 
@@ -107,3 +107,17 @@ def test_launches(emulator: ModuleType) -> None:
         run("detr_fast_emulated", op, *inputs)
         after = emulator.counts()
         assert (after[0] - before[0], after[1] - before[1]) == (launches, 0)
+
+
+def test_capacity_may_be_more_than_a_position_holds(emulator: ModuleType) -> None:
+    inputs = predictions_and_targets((3, 5))
+    assert torch.equal(
+        run("detr_fast_emulated", "match", *inputs, max_count=20_000)[0], run("detr_fast", "match", *inputs)[0]
+    )
+
+
+def test_offsets_that_are_none_harm_nothing(emulator: ModuleType) -> None:
+    logits, boxes, labels, target_boxes, _ = predictions_and_targets((3, 5))
+    for offsets in ([0, 4, 10**9], [0, 8, 2], [-7, 4, 8]):
+        inputs = (logits, boxes, labels, target_boxes, torch.tensor(offsets, dtype=torch.int32))
+        assert (run("detr_fast_emulated", "match", *inputs)[0] >= -1).all()

@@ -41,7 +41,14 @@ def run(library: str, arguments: list) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_results_are_those_of_the_cpu(emulator: ModuleType, kind: str, dtype: torch.dtype) -> None:
     """Up to the order in which sums over queries are taken, in double: all else has the same rounding."""
-    shapes = ((100, 92, (3, 0, 17)), (64, 16, (60,)), (130, 3, (2, 1)), (7, 5, (0, 0)), (20, 33, (20, 33)))
+    shapes = (
+        (100, 92, (3, 0, 17)),
+        (70, 9, (1,) * 140),
+        (64, 16, (60,)),
+        (130, 3, (2, 1)),
+        (7, 5, (0, 0)),
+        (20, 33, (20, 33)),
+    )
     for queries, classes, counts in shapes:
         options = {"counts": counts, "layers": 2, "queries": queries, "classes": classes}
         for capacity in (0, 5):
@@ -75,6 +82,22 @@ def test_a_label_out_of_range_makes_the_class_loss_nan(emulator: ModuleType, kin
     assert losses[0, 0].isnan()
     assert total.isnan()
     assert losses[0, 1:].isfinite().all()
+
+
+def test_no_layers(emulator: ModuleType) -> None:
+    arguments = arguments_of("softmax", layers=1)
+    for position in (0, 1, 2, 8):
+        arguments[position] = arguments[position][:0]
+    losses, total, *_ = torch.ops.detr_fast_emulated.set_loss.default(*arguments)
+    assert losses.shape == (0, 5)
+    assert total == 0
+
+
+def test_offsets_that_are_none_harm_nothing(emulator: ModuleType) -> None:
+    arguments = arguments_of("softmax")
+    for offsets in ([0, 3, 3, 10, 10**9], [0, 9, 2, 10, 15], [-5, 3, 3, 10, 15]):
+        arguments[5] = torch.tensor(offsets, dtype=torch.int32)
+        assert run("detr_fast_emulated", arguments)[0].shape == (3, 5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,10 @@ FAULTS = {
     "missing __syncthreads": "race: thread .* of block 0 .* the same memory with no barrier between",
     "missing __syncwarp": "race: thread .* of block 0 reads and thread 0 of block 0 writes",
     "missing __threadfence": "race: thread 0 of block .* writes and thread 0 of block .* reads",
+    "no counter of blocks": "race: thread 0 of block .* writes and thread 0 of block .* reads|"
+    "race: thread 0 of block .* reads and thread 0 of block .* writes",
+    "exchange between blocks": "race: thread 0 of block .* (reads|writes) and thread 0 of block .*",
+    "shared memory without leave": "CUDA kernel planted: invalid argument",
     "divergent __syncthreads": r"divergent barrier: .* __syncthreads at planted.cu:\d+ and at planted.cu:\d+",
     "half of a warp": "__syncwarp at planted.cu.*: the mask has lanes that have exited",
     "exited lanes": "__shfl_sync at planted.cu.*: the mask has lanes that have exited",

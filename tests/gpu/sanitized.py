@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from ops.problems import predictions_and_targets
 
-from detr_fast.ops import assign_with_prices, match, set_loss
+from detr_fast.ops import assign_with_prices, match, matching_cost, weighted_set_loss
 from detr_fast.structures import offsets_of
 
 DEVICE = "cuda"
@@ -19,11 +19,13 @@ def main() -> None:
         for dtype in (torch.float32, torch.float64):
             assign_with_prices(cost.to(DEVICE, dtype), offsets_of(counts, DEVICE))
     for kind in ("softmax", "focal"):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             inputs = [x.to(DEVICE) for x in predictions_and_targets((3, 0, 20), 2, 70, 20, dtype)]
             logits, boxes = (x.requires_grad_() for x in inputs[:2])
             pairs = match(*inputs, kind=kind, max_count=20)  # type: ignore[arg-type]
-            set_loss(logits, boxes, pairs, *inputs[2:], kind=kind)[:, :3].sum().backward()  # type: ignore[arg-type]
+            matching_cost(*inputs, kind=kind)  # type: ignore[arg-type]
+            weight = torch.ones(2, 5, device=DEVICE)
+            weighted_set_loss(logits, boxes, pairs, *inputs[2:], weight, kind=kind).total.backward()  # type: ignore[arg-type]
     torch.cuda.synchronize()
 
 

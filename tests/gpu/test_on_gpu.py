@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.scenes import COST_WEIGHTS, KINDS, costs, scene
-from detr_fast import HungarianMatcher, Predictions, SetCriterion, Targets
+from detr_fast import HungarianMatcher, Predictions, SetCriterion, StaticTargets, Targets
 from detr_fast.ops import ForbiddenPairs, assign, assign_with_prices, match, matching_cost, set_loss
 from detr_fast.structures import offsets_of
 
@@ -69,10 +69,17 @@ def test_assignments_and_prices_have_the_bits_of_the_cpu(dtype: torch.dtype) -> 
         )
 
 
+@pytest.mark.parametrize(("queries", "targets"), [(200, 102), (300, 102), (500, 101), (900, 99)])
+def test_shared_memory_just_below_what_needs_no_leave(queries: int, targets: int) -> None:
+    cost = torch.rand(1, targets, queries)
+    moved = on(DEVICE, cost, offsets_of([targets]))
+    assert_same([assign(*moved, targets)], [assign(cost, offsets_of([targets]), targets)])
+
+
 @pytest.mark.parametrize("kind", ["softmax", "focal", "focal_stable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_costs_and_matches_have_the_bits_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
-    for classes, counts in ((92, (3, 0, 40, 7)), (384, (5, 5)), (2, (60,))):
+    for classes, counts in ((92, (3, 0, 40, 7)), (191, (5,)), (384, (5, 5)), (2, (60,))):
         inputs = predictions_and_targets(counts, 3, 100, classes, dtype)
         inputs[0][0, 0, 3, 0] = torch.nan
         results = []
@@ -135,11 +142,13 @@ def test_a_step_waits_for_nothing() -> None:
         predictions, targets = batch(counts)
         if counts[0] == 7:
             step(criterion.weighted_loss, predictions, targets)  # moves constants to the device once
+            criterion.weighted_sum(criterion(predictions, targets))
+            captured = criterion.capture(predictions, capacity=60, max_count=40)
         torch.cuda.set_sync_debug_mode("error")
         try:
             step(criterion.weighted_loss, predictions, targets)
-            losses = criterion(predictions, targets)
-            criterion.weighted_sum(losses).backward()
+            criterion.weighted_sum(criterion(predictions, targets)).backward()
+            step(captured, predictions, targets)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -154,8 +163,10 @@ def test_launches() -> None:
         total, _ = criterion.weighted_loss(predictions, targets)
         torch.autograd.grad(total, (predictions.logits, predictions.boxes), torch.ones_like(total))
         torch.cuda.synchronize()
-    ours = [e.key for e in profile.key_averages() for _ in range(e.count) if "detr::cuda" in e.key]
-    assert len(ours) == 4, ours
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in kernels if not name.startswith("Memset")]
+    assert sum("detr::cuda" in name for name in kernels) == 4, kernels
+    assert len(kernels) == 5, kernels  # and the incoming 1 of this test
 
 
 def test_captured_criterion_with_changing_targets() -> None:
@@ -172,7 +183,7 @@ def test_captured_criterion_with_changing_targets() -> None:
 
 def test_ops_inside_a_graph_of_their_own() -> None:
     predictions, targets = batch([7, 0, 30])
-    kept = Targets.with_capacity(3, 64, 40, DEVICE)
+    kept = StaticTargets.with_capacity(3, 64, 40, DEVICE)
     kept.copy_(targets)
     cost = torch.rand(2, 37, 50, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
@@ -189,6 +200,28 @@ def test_ops_inside_a_graph_of_their_own() -> None:
         cost.copy_(torch.rand(2, 37, 50))
         graph.replay()
         assert_same([pairs, chosen], [match(*arguments), assign(cost, kept.offsets[:2])])
+
+
+def test_forward_and_backward_inside_one_graph() -> None:
+    criterion, (predictions, targets) = criterion_of(), batch([7, 0, 30])
+    kept = StaticTargets.with_capacity(3, 64, 40, DEVICE)
+    kept.copy_(targets)
+    inputs = (predictions.logits, predictions.boxes)
+    torch.autograd.grad(criterion.weighted_loss(predictions, kept)[0], inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total, _ = criterion.weighted_loss(predictions, kept)
+        gradients = torch.autograd.grad(total, inputs)
+    for seed, counts in enumerate([[7, 0, 30], [20, 40, 1], [0, 0, 0]]):
+        other, targets = batch(counts, seed)
+        kept.copy_(targets)
+        with torch.no_grad():
+            for mine, theirs in zip(inputs, (other.logits, other.boxes), strict=True):
+                mine.copy_(theirs)
+        graph.replay()
+        expected = step(criterion.weighted_loss, other, targets)
+        assert_same([total.detach(), *gradients], [expected[0], *expected[-2:]])
 
 
 def test_compiles_whole_and_not_again_when_targets_change() -> None:
@@ -264,7 +297,7 @@ def test_running_out_of_memory_leaves_a_usable_state() -> None:
     torch.cuda.set_per_process_memory_fraction(0.05)
     try:
         queries = int((free / 4096) ** 0.5) * 32
-        with pytest.raises(torch.cuda.OutOfMemoryError):
+        with pytest.raises(RuntimeError):  # the stable ABI hands on no other type
             matching_cost(*on(DEVICE, *predictions_and_targets((queries // 8,), 8, queries, 2)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -295,7 +328,9 @@ def test_faults_are_reported_when_asked() -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here.parent.parent}:{here.parent}"}
+    # Without PyTorch's cache every tensor is an allocation of its own, whose end memcheck knows.
+    paths = {"PYTHONPATH": f"{here.parent.parent}:{here.parent}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, **paths}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(here / "sanitized.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     if "Device not supported" in done.stdout + done.stderr:

@@ -141,6 +141,15 @@ def test_confident_positives_keep_their_digits(classes: int, logit: float, backe
         assert_as_accurate(ours, theirs, best)
 
 
+@pytest.mark.parametrize("row", [[0.0, torch.nan, 1.0], [torch.nan, 5.0, 1.0], [0.0, 5.0, torch.nan], [2.0, 2.0, 1.0]])
+def test_class_error_is_that_of_argmax(row: list[float], backend: str) -> None:
+    for label in (0, 1):
+        logits = torch.tensor(row).view(1, 1, 1, 3)
+        boxes, pairs = torch.full((1, 1, 1, 4), 0.5), torch.zeros(1, 1, dtype=torch.int32)
+        arguments = (logits, boxes, pairs, torch.tensor([label]), boxes[0, 0], torch.tensor([0, 1], dtype=torch.int32))
+        assert set_loss(*arguments)[0, 4] == set_loss_reference(*arguments)[0, 4]
+
+
 def test_second_derivatives_are_refused() -> None:
     arguments, options = inputs_of(torch.float64)
     logits = arguments[0].requires_grad_()

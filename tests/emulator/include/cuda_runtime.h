@@ -33,9 +33,6 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-struct int2 {
-  int x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -55,7 +52,6 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 using Combine = uint64_t (*)(const uint64_t* values, unsigned mask, int lane, int argument);
 uint64_t exchange(unsigned mask, uint64_t value, const char* name, Place, Combine, int argument);
 void sync_block(Place);
-int sync_block_count(int predicate, Place);
 void sync_warp(unsigned mask, Place);
 void fence();
 
@@ -73,12 +69,6 @@ To bits(From from) {
 extern dim3 blockDim, gridDim;
 
 inline void __syncthreads(emulator::Place place = emulator::Place::current()) { emulator::sync_block(place); }
-inline int __syncthreads_count(int predicate, emulator::Place place = emulator::Place::current()) {
-  return emulator::sync_block_count(predicate, place);
-}
-inline int __syncthreads_or(int predicate, emulator::Place place = emulator::Place::current()) {
-  return emulator::sync_block_count(predicate, place) > 0;
-}
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Place place = emulator::Place::current()) {
   emulator::sync_warp(mask, place);
 }
@@ -132,6 +122,11 @@ int atomicMax(int* address, int x);
 long long atomicMax(long long* address, long long x);
 unsigned atomicAdd(unsigned* address, unsigned x);
 unsigned long long atomicAdd(unsigned long long* address, unsigned long long x);
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
