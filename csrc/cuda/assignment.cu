@@ -65,7 +65,7 @@ struct Counts {
 template <typename T, bool kStrided>
 __device__ Counts start_greedily(const CostView<T, kStrided>& view, const Workspace<T>& ws) {
   for (int j = threadIdx.x; j < view.columns; j += kThreads) ws.owner[j] = kFree;
-  __syncthreads();
+  __syncthreads();  // for the row minima as well
   for (int i = threadIdx.x; i < view.rows; i += kThreads)
     if (ws.best_column[i] >= 0) atomicMin(&ws.owner[ws.best_column[i]], i);
   __syncthreads();
@@ -207,7 +207,6 @@ __device__ __forceinline__ void solve_by_warp(const AssignLaunch<float>& launch,
   } else {
     find_minima(view, ws);
   }
-  __syncthreads();
   const Counts counts = start_greedily(view, ws);
   if (counts.waiting == 0) return problem.write(ws, counts.slots, int(threadIdx.x), kThreads);
   float* gathered = reinterpret_cast<float*>(dynamic_shared + workspace_bytes);
@@ -235,7 +234,6 @@ __device__ __forceinline__ void solve_by_block(const Problem<T>& problem, unsign
   const auto view = problem.template view<true>();
   const Workspace<T> ws(memory, view.rows);
   find_minima(view, ws);
-  __syncthreads();
   const Counts counts = start_greedily(view, ws);
   int slots = counts.slots;
   if (counts.waiting > 0) {

@@ -201,7 +201,6 @@ class Search {
         row = found.row;
         price = found.row_price;
         if (!is_popped || best_is_free(row)) break;
-        group_.sync();  // another lane wrote the distance
         set_key(slot, exit_of(row, price, ws_.distance[slot]));
         least = smallest_key();
       }

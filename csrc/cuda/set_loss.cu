@@ -70,7 +70,8 @@ __device__ __forceinline__ double box_normaliser(const LossArguments<T>& a) {
   return count < 1 ? 1.0 : double(count);  // NaN stays
 }
 
-// Sum of the class weights of all queries of a layer (softmax), or the number of boxes. By the whole block.
+// Sum of the class weights of all queries of a layer (softmax), or the number of boxes. By the whole block, which waits
+// before it uses `parts` again.
 template <typename T>
 __device__ __forceinline__ double class_normaliser(const LossArguments<T>& a, int layer, WarpParts& parts) {
   if (a.kind != ClassKind::kSoftmax) return box_normaliser(a);
@@ -99,7 +100,6 @@ __device__ __forceinline__ double class_normaliser(const LossArguments<T>& a, in
     weights += parts.class_loss[w];
     matched += parts.matched[w];
   }
-  __syncthreads();
   return weights + (double(batch.images * batch.queries) - double(matched)) * weight_of(last);
 }
 
