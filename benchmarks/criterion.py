@@ -44,7 +44,7 @@ def forward_and_backward(made: Scene, device: torch.device, bars: Sequence[Bar] 
         def run() -> Result:
             loss = loss_of()
             logits_gradient, boxes_gradient = torch.autograd.grad(loss, (logits, boxes))
-            return loss, logits_gradient, boxes_gradient
+            return loss.detach(), logits_gradient, boxes_gradient
 
         return run
 

@@ -39,11 +39,11 @@ step() {  # step NAME SECONDS COMMAND...: goes on whatever fails, and says so at
 main() {
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader
   step build 120 $PYTHON -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
-  step tests 110 $PYTHON -m pytest -m gpu -k "not sanitizer" --junitxml "$OUT/tests.xml"
+  step tests 110 $PYTHON -m pytest -m gpu tests/gpu tests/test_structures.py -k "not sanitizer" --junitxml "$OUT/tests.xml"
   step criterion 40 $PYTHON -m benchmarks.run criterion --device cuda --output "$CSV"
   step matching 90 $PYTHON -m benchmarks.run matching --device cuda --output "$CSV"
   step assignment 110 $PYTHON -m benchmarks.run assignment --device cuda --output "$CSV"
-  step sanitizer 80 $PYTHON -m pytest -m gpu -k sanitizer
+  step sanitizer 80 $PYTHON -m pytest -m gpu tests/gpu -k sanitizer
   if command -v ncu > /dev/null; then
     step traffic 40 ncu --clock-control none --kernel-name-base function \
       --kernel-name regex:"matching_cost|assign|set_loss|scale_gradients" \

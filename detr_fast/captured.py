@@ -38,8 +38,9 @@ class CapturedCriterion:
     ) -> None:
         self._criterion = criterion
         device = example.logits.device
-        self._logits = example.logits.detach().clone().requires_grad_()
-        self._boxes = example.boxes.detach().clone().requires_grad_()
+        with torch.inference_mode(False):  # also for training, wherever it is made
+            self._logits = torch.empty_like(example.logits).copy_(example.logits.detach()).requires_grad_()
+            self._boxes = torch.empty_like(example.boxes).copy_(example.boxes.detach()).requires_grad_()
         self._targets = StaticTargets.with_capacity(example.logits.shape[1], capacity, max_count, device)
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -49,7 +50,7 @@ class CapturedCriterion:
         else:
             self._compute()
         # What the graph reads and writes; it must neither be freed nor be replaced.
-        self._weights = dict(criterion.weight_dict)
+        self._options = criterion.options()
         self._buffers = dict(criterion.named_buffers())
 
     def _capture(self) -> None:
@@ -89,10 +90,13 @@ class CapturedCriterion:
                     f"CapturedCriterion: {name} must be {list(kept.shape)} {kept.dtype} on {kept.device} as captured, "
                     f"got {list(given.shape)} {given.dtype} on {given.device}"
                 )
-        if self._criterion.weight_dict != self._weights:
-            raise ValueError("CapturedCriterion: weight_dict must be as captured; capture again after a change")
+        if self._criterion.options() != self._options:
+            raise ValueError(
+                "CapturedCriterion: weight_dict and the options of criterion and matcher must be as captured; "
+                "capture again after a change"
+            )
         for name, buffer in self._criterion.named_buffers():
-            if buffer is not self._buffers[name]:
+            if buffer is not self._buffers.get(name):
                 raise ValueError(f"CapturedCriterion: {name} must be the tensor captured; capture again after a change")
 
     def replay(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, int]:
@@ -115,6 +119,9 @@ class CapturedCriterion:
             raise RuntimeError("CapturedCriterion: second derivatives are not available")
         inputs = (self._logits, self._boxes)
         logits, boxes = torch.autograd.grad(self._total, inputs, incoming, retain_graph=True)
+        for gradient in (logits, boxes):  # allocated on the stream of the capture
+            if gradient.is_cuda:
+                gradient.record_stream(torch.cuda.current_stream(gradient.device))
         return logits, boxes
 
 

@@ -27,6 +27,8 @@ _ENTRIES = {
 
 _MASK_ENTRIES = ("loss_mask", "loss_dice")
 
+_MOST_WEIGHTS = 1024  # sets of weights that are kept, a hundred bytes each
+
 _ORIGINAL_METHODS = ("get_loss", "_get_src_permutation_idx", "_get_tgt_permutation_idx")
 
 
@@ -174,6 +176,13 @@ class SetCriterion(nn.Module):
         check_batch_size("SetCriterion", predictions.logits.shape[1], len(targets))
         return predictions, targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
 
+    def options(self) -> tuple[Any, ...]:
+        """All numbers and names that matching and losses depend on, beside the buffers: what a capture fixes."""
+        matcher = self.matcher
+        costs = [getattr(matcher, f"cost_{name}", None) for name in ("class", "bbox", "giou")]
+        kinds = [(part.kind, part.alpha, part.gamma) for part in (self, matcher) if hasattr(part, "kind")]
+        return dict(self.weight_dict), tuple(self.losses), *costs, *kinds
+
     def _matched(
         self, outputs: Predictions | Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
     ) -> _Matched:
@@ -256,15 +265,18 @@ class SetCriterion(nn.Module):
         weights = [0.0] * count
         for name, position, _ in entries:
             weights[position] = self.weight_dict.get(name, 0.0)
+        key = (*weights, device, dtype)
+        if key in self._weight_tensors:
+            return self._weight_tensors[key]
         if torch.compiler.is_compiling():
             return torch.tensor(weights, dtype=dtype, device=device)
-        key = (*weights, device, dtype)
-        if key not in self._weight_tensors:
-            with torch.inference_mode(False):  # the tensor is kept for steps that do differentiate
-                tensor = torch.tensor(weights, dtype=dtype).to(device)  # waits once, so that any stream may use it
-            latest = list(self._weight_tensors.items())[-3:]  # weights that are scheduled must not pile up
-            self._weight_tensors = {**dict(latest), key: tensor}
-        return self._weight_tensors[key]
+        with torch.inference_mode(False):  # the tensor is kept for steps that do differentiate
+            # Waits once, so that any stream may use it. A Parameter, because torch.compile takes its shape as fixed.
+            tensor = nn.Parameter(torch.tensor(weights, dtype=dtype).to(device), requires_grad=False)
+        # Graphs may read it, so it is kept; but weights of a schedule must not pile up for ever.
+        latest = list(self._weight_tensors.items())[1 - _MOST_WEIGHTS :]
+        self._weight_tensors = {**dict(latest), key: tensor}
+        return tensor
 
     def matcher_report(self) -> str | None:
         """What the matcher skipped since the last report, or None. Waits for the device."""

@@ -241,8 +241,9 @@ class StaticTargets(Targets):
         if not 0 <= most <= capacity:
             raise ValueError(f"StaticTargets: max_count must be in [0, {capacity}], got {most}")
         shapes = _shapes_of(capacity, images)
-        memory = torch.zeros(_bytes_of(shapes), dtype=torch.uint8, device=device)
-        labels, boxes, offsets = _parts_of(memory, shapes)
+        with torch.inference_mode(False):  # also for training, wherever it is made
+            memory = torch.zeros(_bytes_of(shapes), dtype=torch.uint8, device=device)
+            labels, boxes, offsets = _parts_of(memory, shapes)
         return cls(labels, boxes, offsets, most, memory=memory)
 
     def copy_(self, other: Targets) -> None:

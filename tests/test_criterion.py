@@ -177,14 +177,28 @@ def test_a_captured_step_is_differentiated_before_the_next_and_once() -> None:
         assert torch.equal(captured(predictions, targets)[0], second)
 
 
+def test_a_capture_made_in_inference_mode_trains() -> None:
+    predictions, targets = batch()
+    with torch.inference_mode():
+        captured = criterion_of().capture(predictions, 20)
+        captured(predictions, targets)
+    logits = predictions.logits.clone().requires_grad_()
+    captured(Predictions(logits, predictions.boxes), targets)[0].backward()
+    assert (logits.grad != 0).any()
+
+
 def test_a_capture_keeps_what_it_was_made_of() -> None:
     predictions, targets = batch()
     criterion = criterion_of()
     captured = criterion.capture(predictions, 20)
     criterion.weight_dict = {**WEIGHTS, "loss_ce": 3.0}
-    with pytest.raises(ValueError, match="weight_dict must be as captured"):
+    with pytest.raises(ValueError, match=r"weight_dict and the options .* must be as captured"):
         captured(predictions, targets)
     criterion.weight_dict = dict(WEIGHTS)
+    criterion.matcher.cost_bbox = 7
+    with pytest.raises(ValueError, match="options of criterion and matcher must be as captured"):
+        captured(predictions, targets)
+    criterion.matcher.cost_bbox = 5
     captured(predictions, targets)
     criterion.double()
     with pytest.raises(ValueError, match="empty_weight must be the tensor captured"):
@@ -365,15 +379,19 @@ def test_arguments_are_checked() -> None:
         criterion_of()(predictions.as_dict(), targets)
 
 
+@pytest.mark.parametrize("eager_before", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_compiles_whole_and_not_again_when_targets_change(fused: bool) -> None:
+def test_compiles_whole_and_not_again_when_targets_change(fused: bool, eager_before: bool) -> None:
     criterion = criterion_of(invalid="skip")
 
-    def total(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> torch.Tensor:
+    def total(criterion: SetCriterion, logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> torch.Tensor:
         if fused:
             return criterion.weighted_loss(Predictions(logits, boxes), targets)[0]
         return criterion.weighted_sum(criterion(Predictions(logits, boxes), targets))
 
+    if eager_before:
+        predictions, targets = batch()
+        total(criterion, predictions.logits, predictions.boxes, Targets.pack(targets))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(total, backend=counter, fullgraph=True, dynamic=True)
@@ -381,9 +399,9 @@ def test_compiles_whole_and_not_again_when_targets_change(fused: bool) -> None:
     for counts in ((3, 0, 7), (4, 4, 11), (2, 2, 2)):
         predictions, targets = batch(counts)
         gradients = []
-        for function in (compiled, total):
+        for function, given in ((compiled, criterion), (total, criterion_of(invalid="skip"))):
             logits = predictions.logits.clone().requires_grad_()
-            function(logits, predictions.boxes, Targets.pack(targets)).backward()
+            function(given, logits, predictions.boxes, Targets.pack(targets)).backward()
             gradients.append(logits.grad)
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
         compilations.append(counter.frame_count)

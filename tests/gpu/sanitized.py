@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from ops.problems import predictions_and_targets
 
-from detr_fast.ops import assign_with_prices, match, matching_cost, weighted_set_loss
+from detr_fast.ops import assign_with_prices, match, matching_cost, set_loss, weighted_set_loss
 from detr_fast.structures import offsets_of
 
 DEVICE = "cuda"
@@ -18,6 +18,8 @@ def main() -> None:
         cost[0, 3, ::2] = torch.nan
         for dtype in (torch.float32, torch.float64):
             assign_with_prices(cost.to(DEVICE, dtype), offsets_of(counts, DEVICE))
+    many = [x.to(DEVICE) for x in predictions_and_targets((2, 0, 5) * 30, 3, 70, 6)]  # tiles of 64, heavy images first
+    set_loss(many[0], many[1], match(*many, max_count=5), *many[2:])
     for kind in ("softmax", "focal"):
         for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             inputs = [x.to(DEVICE) for x in predictions_and_targets((3, 0, 20), 2, 70, 20, dtype)]

@@ -91,6 +91,21 @@ def test_costs_and_matches_have_the_bits_of_the_cpu(kind: str, dtype: torch.dtyp
         assert_same(*results)
 
 
+def test_more_problems_than_the_device_runs_at_once() -> None:
+    """Images with many targets come first; losses take tiles of 64 queries."""
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.randint(0, 40, (80,), generator=generator).tolist()
+    inputs = predictions_and_targets(tuple(counts), 6, 130, 20)
+    cost = matching_cost(*inputs)
+    offsets = inputs[-1]
+    assert_same([assign(*on(DEVICE, cost, offsets), 40)], [assign(cost, offsets)])
+    pairs = match(*inputs)
+    moved = on(DEVICE, *inputs)
+    assert_same([match(*moved, max_count=40)], [pairs])
+    ours = set_loss(*moved[:2], pairs.to(DEVICE), *moved[2:])
+    torch.testing.assert_close(ours.cpu(), set_loss(*inputs[:2], pairs, *inputs[2:]), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["softmax", "focal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_losses_and_gradients_are_those_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
@@ -154,6 +169,7 @@ def test_a_step_waits_for_nothing() -> None:
 
 
 def test_launches() -> None:
+    torch.use_deterministic_algorithms(False)  # which would fill all new memory with NaN
     criterion, (predictions, targets) = criterion_of(), batch([7, 0, 30])
     targets = targets.to(DEVICE)
     step(criterion.weighted_loss, predictions, targets)
