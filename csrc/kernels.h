@@ -168,13 +168,13 @@ constexpr int64_t minima_segments(int64_t queries) { return (queries + 31) / 32;
 // Writes all of query_of_target; prices must be 0 before. minima: of matching_cost on the same cost, or null.
 // scratch: plan.scratch_bytes for each problem. One launch.
 void assign(const AssignmentArguments<float>&, const uint64_t* minima, const AssignPlan&, void* scratch, void* stream);
-void assign(const AssignmentArguments<double>&, const AssignPlan&, void* scratch, void* stream);
+void assign(const AssignmentArguments<double>&, const uint64_t* minima, const AssignPlan&, void* scratch, void* stream);
 
 // cost [L, T, Q], in rows past offsets[B] 0, or with minima unwritten. minima [L, T, minima_segments]: of each row and
-// 32 queries the least cost and its query, for assign; or null. status: [2], or null: the number of forbidden pairs is
-// added to the first, the second raised to INT64_MAX - Forbidden::first. One launch.
+// 32 queries the least cost and its query, for assign; or null, as for double. status: [2], or null: the number of
+// forbidden pairs is added to the first, the second raised to INT64_MAX - Forbidden::first. One launch.
 void matching_cost(const CostArguments<float>&, float* cost, uint64_t* minima, int64_t* status, void* stream);
-void matching_cost(const CostArguments<double>&, double* cost, int64_t* status, void* stream);
+void matching_cost(const CostArguments<double>&, double* cost, uint64_t* minima, int64_t* status, void* stream);
 
 template <typename T>
 struct LossArguments {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -123,17 +123,16 @@ class SetCriterion(nn.Module):
         """
         matched = self._matched(outputs, targets)
         layers = len(matched.predictions.logits)
-        names = [name for name, _, _ in self._entries(layers)]
-        if not any(name in self.weight_dict for name in (*names, *_MASK_ENTRIES)):
-            raise ValueError(f"SetCriterion: weight_dict names none of the losses {', '.join(names)}")
-        weight = self._weights_of(
-            self._entries(layers), layers * len(TERMS), matched.predictions.logits.device, torch.float32
-        )
+        positions = {name: position for name, position, _ in self._entries(layers)}
+        if not any(name in self.weight_dict for name in (*positions, *_MASK_ENTRIES)):
+            raise ValueError(f"SetCriterion: weight_dict names none of the losses {', '.join(positions)}")
+        device = matched.predictions.logits.device
+        weight = self._weights_of(positions, layers * len(TERMS), device, torch.float32)
         values = weighted_set_loss(
             *matched.arguments(), weight.view(layers, len(TERMS)), *self._loss_options(matched.num_boxes)
         )
         flat = values.losses.detach().flatten().unbind()
-        losses = {name: flat[position] for name, position, _ in self._entries(layers)}
+        losses = {name: flat[position] for name, position in positions.items()}
         total = values.total
         masks = self._mask_losses(matched)
         for name, value in masks.items():
@@ -252,18 +251,18 @@ class SetCriterion(nn.Module):
         """Sum of the entries that `weight_dict` names, times their weights: ``[]``."""
         names = [name for name in losses if name in self.weight_dict]
         values = [losses[name] for name in names]
-        positions = [(name, position, True) for position, name in enumerate(names)]
         if not names:
             raise ValueError(f"SetCriterion: weight_dict names none of the losses {', '.join(losses)}")
+        positions = {name: position for position, name in enumerate(names)}
         weights = self._weights_of(positions, len(names), values[0].device, values[0].dtype)
         return (torch.stack(values) * weights).sum()
 
     def _weights_of(
-        self, entries: Iterable[tuple[str, int, bool]], count: int, device: torch.device, dtype: torch.dtype
+        self, positions: Mapping[str, int], count: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:  # [count]
         """Weights at the positions of the entries that have one, 0 elsewhere; kept for the next call."""
         weights = [0.0] * count
-        for name, position, _ in entries:
+        for name, position in positions.items():
             weights[position] = self.weight_dict.get(name, 0.0)
         key = (*weights, device, dtype)
         if key in self._weight_tensors:

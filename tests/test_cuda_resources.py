@@ -50,3 +50,19 @@ def test_declared_shared_memory_is_what_launches_leave_room_for(kernels: list[pt
     """kMostStaticShared in csrc/cuda/launch.h; since 9.0 the system's own 1 KiB is counted."""
     for kernel in kernels:
         assert kernel.shared - (1024 if kernel.architecture >= 90 else 0) <= 2048, kernel
+
+
+def test_the_derivations_state_the_recorded_registers() -> None:
+    stated = (ptx.REPOSITORY / "csrc" / "README.md").read_text()
+    _, registers = ptx.recorded()
+    rows = {
+        "assign, at most 64 targets": "assign<float, 64>",
+        "assign, at most 256": "assign<float, 256>",
+        "assign, any number": "assign<float, any>",
+        "matching_cost, float32": "matching_cost<float, float>",
+        "set_loss, float32": "set_loss<float, float>",
+        "scale_gradients, float32": "scale_gradients<float, float>",
+    }
+    for title, name in rows.items():
+        numbers = " / ".join(str(registers[name, architecture]) for architecture in ptx.ARCHITECTURES)
+        assert f"| {title} | {numbers} |" in stated

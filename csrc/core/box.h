@@ -77,6 +77,15 @@ DETR_HD V giou_of(Overlap<V> o) {
   return o.intersection / o.union_area - (o.hull - o.union_area) / o.hull;
 }
 
+// NaN also for boxes of negative width or height.
+template <typename V>
+DETR_HD V giou_or_nan(CentreBox<V> a, CentreBox<V> b) {
+  const V giou = giou_of(overlap_of(corners_of(a), corners_of(b)));
+  const V nan = giou * 0 + std::numeric_limits<float>::quiet_NaN();
+  const V least_side = smaller(smaller(a.w, a.h), smaller(b.w, b.h));
+  return least_side < 0 ? nan : giou;
+}
+
 // Sign of a difference, 0 at 0: the gradient of |x|.
 template <typename T>
 DETR_HD T sign(T x) {

@@ -95,14 +95,6 @@ struct BoxLanes {
   T *cx, *cy, *w, *h;  // [queries], padded to full vectors
 };
 
-template <typename V>
-DETR_HD V giou_or_nan(CentreBox<V> a, CentreBox<V> b) {
-  const V giou = giou_of(overlap_of(corners_of(a), corners_of(b)));
-  const V nan = giou * 0 + std::numeric_limits<float>::quiet_NaN();
-  const V least_side = smaller(smaller(a.w, a.h), smaller(b.w, b.h));
-  return least_side < 0 ? nan : giou;
-}
-
 // Adds L1 and GIoU terms of one target to its row of costs.
 template <typename T>
 void add_box_costs(const CostArguments<T>& a, const BoxLanes<T>& boxes, CentreBox<T> target, T* cost) {

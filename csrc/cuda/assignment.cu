@@ -319,9 +319,10 @@ void assign(const AssignmentArguments<float>& a, const uint64_t* minima, const A
   start(assign_kernel<float, kAnyRows>);
 }
 
-void assign(const AssignmentArguments<double>& a, const AssignPlan& plan, void* scratch, void* stream) {
+void assign(const AssignmentArguments<double>& a, const uint64_t* minima, const AssignPlan& plan, void* scratch,
+            void* stream) {
   launch("assign", assign_kernel<double, kAnyRows>, a.batch.layers * a.batch.images, kThreads, plan.shared_bytes,
-         stream, launch_of<double>(a, nullptr, plan, scratch));
+         stream, launch_of(a, minima, plan, scratch));
 }
 
 }  // namespace detr::cuda

@@ -112,10 +112,8 @@ __device__ __forceinline__ void add_to_status(const Faults& faults, int64_t* sta
 template <typename T>
 __device__ __forceinline__ Pair<T> cost_of_pair(const CostArguments<T>& a, T class_cost, const CentreBox<T>& box,
                                                 const CentreBox<T>& goal) {
-  const T giou = giou_of(overlap_of(corners_of(box), corners_of(goal)));
-  const bool valid = !(smaller(smaller(box.w, box.h), smaller(goal.w, goal.h)) < 0);
   const T box_cost = a.box_weight * l1_distance(box, goal);
-  const T giou_cost = a.giou_weight * (valid ? giou : std::numeric_limits<T>::quiet_NaN());
+  const T giou_cost = a.giou_weight * giou_or_nan(box, goal);
   return {class_cost, box_cost, giou_cost, (box_cost + class_cost) - giou_cost};
 }
 
@@ -214,8 +212,8 @@ void matching_cost(const CostArguments<float>& a, float* cost, uint64_t* minima,
   enqueue(a, cost, minima, status, stream);
 }
 
-void matching_cost(const CostArguments<double>& a, double* cost, int64_t* status, void* stream) {
-  enqueue(a, cost, nullptr, status, stream);
+void matching_cost(const CostArguments<double>& a, double* cost, uint64_t* minima, int64_t* status, void* stream) {
+  enqueue(a, cost, minima, status, stream);
 }
 
 }  // namespace detr::cuda

@@ -203,10 +203,9 @@ __device__ __forceinline__ void box_losses(const LossArguments<T>& a, int64_t qu
   const CentreBox<T> box = read_box<T>(a.boxes, query), goal = target_box<T>(a.target_boxes, target);
   const Corners<T> corners = corners_of(box), goal_corners = corners_of(goal);
   const Overlap<T> overlap = overlap_of(corners, goal_corners);
-  const bool valid = !(smaller(smaller(box.w, box.h), smaller(goal.w, goal.h)) < 0);
   sums.matched += 1;
   sums.box_loss += double(l1_distance(box, goal));
-  sums.giou_loss += double(1 - (valid ? giou_of(overlap) : std::numeric_limits<T>::quiet_NaN()));
+  sums.giou_loss += double(1 - giou_or_nan(box, goal));
   const CentreBox<T> giou = giou_loss_gradient(corners, goal_corners, overlap);
   const T parts[8] = {sign(box.cx - goal.cx),
                       sign(box.cy - goal.cy),

@@ -42,13 +42,8 @@ void assign_on_host(const AssignmentArguments<T>& arguments) {
   const Batch& batch = arguments.batch;
   const int64_t problems = batch.layers * batch.images;
   const double work = double(batch.layers) * batch.targets * batch.queries / std::max<int64_t>(problems, 1);
-  in_parallel(problems, work, [&](int64_t begin, int64_t end) {
-    if constexpr (sizeof(T) == 8) {
-      cpu::kernels().assign_double(arguments, begin, end);
-    } else {
-      cpu::kernels().assign_float(arguments, begin, end);
-    }
-  });
+  const auto kernel = kernel_of<T>(cpu::kernels().assign_float, cpu::kernels().assign_double);
+  in_parallel(problems, work, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
 Assignment assign(Tensor cost, Tensor offsets, int64_t max_count, bool prices) {
@@ -82,7 +77,7 @@ Assignment assign_cuda(Tensor cost, Tensor offsets, int64_t max_count, bool pric
   const auto plan = cuda::assign_plan(batch, max_count < 0 ? batch.targets : max_count, in.type);
   const Tensor scratch = new_bytes(in.cost, batch.layers * batch.images * int64_t(plan.scratch_bytes));
   if (in.type == ElementType::kFloat64) {
-    cuda::assign(arguments_of<double>(in, result), plan, scratch.mutable_data_ptr(), device.stream());
+    cuda::assign(arguments_of<double>(in, result), nullptr, plan, scratch.mutable_data_ptr(), device.stream());
   } else {
     cuda::assign(arguments_of<float>(in, result), nullptr, plan, scratch.mutable_data_ptr(), device.stream());
   }

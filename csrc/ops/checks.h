@@ -112,6 +112,16 @@ inline void check_offsets(const char* op, const Batch& batch, int64_t max_count)
         batch.targets, ", got ", batch.offsets[batch.images]);
 }
 
+// The kernel that computes in T.
+template <typename T, typename Float, typename Double>
+auto kernel_of(Float of_float, Double of_double) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return of_double;
+  } else {
+    return of_float;
+  }
+}
+
 // Calls work(begin, end) on several threads where there is enough to do; `cost` is the work of one item, in pairs.
 template <typename F>
 void in_parallel(int64_t items, double cost, F work) {

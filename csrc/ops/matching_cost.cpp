@@ -64,10 +64,10 @@ void add_to_status(const std::optional<Tensor>& status, const std::vector<Forbid
   }
 }
 
-// Calls kernel(arguments, forbidden, begin, end) for all problems.
-template <typename T, typename Kernel>
+// Runs a kernel, which writes to `out`, for all problems.
+template <typename T, typename Kernel, typename Out>
 void run_on_host(const char* op, const CostArguments<T>& arguments, int64_t max_count,
-                 const std::optional<Tensor>& status, Kernel kernel) {
+                 const std::optional<Tensor>& status, Kernel kernel, Out* out) {
   const Batch& batch = arguments.batch;
   check_offsets(op, batch, max_count);
   check_packable(op, batch, true);
@@ -75,7 +75,7 @@ void run_on_host(const char* op, const CostArguments<T>& arguments, int64_t max_
   const double targets = double(batch.targets) / std::max<int64_t>(batch.images, 1);
   const double work = double(batch.queries) * (double(arguments.classes) + targets);
   in_parallel(batch.layers * batch.images, work,
-              [&](int64_t begin, int64_t end) { kernel(forbidden.data(), begin, end); });
+              [&](int64_t begin, int64_t end) { kernel(arguments, out, forbidden.data(), begin, end); });
   add_to_status(status, forbidden);
 }
 
@@ -86,15 +86,8 @@ Tensor matching_cost_on_host(const CostInputs& in, const CostOptions& options, c
   const bool full = batch.offsets[batch.images] == batch.targets;
   Tensor cost = full ? torch::stable::new_empty(in.logits, {batch.layers, batch.targets, batch.queries}, kScalarType<T>)
                      : new_filled(in.logits, {batch.layers, batch.targets, batch.queries}, kScalarType<T>, 0);
-  T* out = cost.template mutable_data_ptr<T>();
-  run_on_host("matching_cost", arguments, options.max_count, status,
-              [&](Forbidden* forbidden, int64_t begin, int64_t end) {
-                if constexpr (sizeof(T) == 8) {
-                  cpu::kernels().matching_cost_double(arguments, out, forbidden, begin, end);
-                } else {
-                  cpu::kernels().matching_cost_float(arguments, out, forbidden, begin, end);
-                }
-              });
+  const auto kernel = kernel_of<T>(cpu::kernels().matching_cost_float, cpu::kernels().matching_cost_double);
+  run_on_host("matching_cost", arguments, options.max_count, status, kernel, cost.template mutable_data_ptr<T>());
   return cost;
 }
 
@@ -113,14 +106,8 @@ Tensor match_on_host(const CostInputs& in, const CostOptions& options, const std
   const auto arguments = arguments_of<T>("match", in, options);
   const Batch& batch = arguments.batch;
   Tensor query_of_target = new_filled(in.logits, {batch.layers, batch.targets}, ScalarType::Int, -1);
-  int32_t* out = query_of_target.mutable_data_ptr<int32_t>();
-  run_on_host("match", arguments, options.max_count, status, [&](Forbidden* forbidden, int64_t begin, int64_t end) {
-    if constexpr (sizeof(T) == 8) {
-      cpu::kernels().match_double(arguments, out, forbidden, begin, end);
-    } else {
-      cpu::kernels().match_float(arguments, out, forbidden, begin, end);
-    }
-  });
+  const auto kernel = kernel_of<T>(cpu::kernels().match_float, cpu::kernels().match_double);
+  run_on_host("match", arguments, options.max_count, status, kernel, query_of_target.mutable_data_ptr<int32_t>());
   return query_of_target;
 }
 
@@ -143,21 +130,6 @@ int64_t* status_data(const char* op, const std::optional<Tensor>& status, const 
   return status->mutable_data_ptr<int64_t>();
 }
 
-void enqueue_cost(const CostArguments<float>& a, Tensor& cost, uint64_t* minima, int64_t* status, void* stream) {
-  cuda::matching_cost(a, cost.mutable_data_ptr<float>(), minima, status, stream);
-}
-void enqueue_cost(const CostArguments<double>& a, Tensor& cost, uint64_t*, int64_t* status, void* stream) {
-  cuda::matching_cost(a, cost.mutable_data_ptr<double>(), status, stream);
-}
-void enqueue_assign(const AssignmentArguments<float>& a, const uint64_t* minima, const cuda::AssignPlan& plan,
-                    void* scratch, void* stream) {
-  cuda::assign(a, minima, plan, scratch, stream);
-}
-void enqueue_assign(const AssignmentArguments<double>& a, const uint64_t*, const cuda::AssignPlan& plan, void* scratch,
-                    void* stream) {
-  cuda::assign(a, plan, scratch, stream);
-}
-
 template <typename T>
 Tensor new_cost(const Tensor& like, const Batch& batch) {
   return torch::stable::new_empty(like, {batch.layers, batch.targets, batch.queries}, kScalarType<T>);
@@ -169,7 +141,7 @@ Tensor matching_cost_on_device(const CostInputs& in, const CostOptions& options,
   check_packable("matching_cost", arguments.batch, false);
   Tensor cost = new_cost<T>(in.logits, arguments.batch);
   if (arguments.batch.images == 0) torch::stable::fill_(cost, 0);
-  enqueue_cost(arguments, cost, nullptr, status, stream);
+  cuda::matching_cost(arguments, cost.template mutable_data_ptr<T>(), nullptr, status, stream);
   return cost;
 }
 
@@ -196,14 +168,14 @@ Tensor match_on_device(const CostInputs& in, const CostOptions& options, int64_t
   const int64_t segments = sizeof(T) == sizeof(float) ? cuda::minima_segments(batch.queries) : 0;
   const Tensor minima = torch::stable::new_empty(in.logits, {batch.layers, batch.targets, segments}, ScalarType::Long);
   auto* least = segments ? static_cast<uint64_t*>(minima.mutable_data_ptr()) : nullptr;
-  enqueue_cost(arguments, cost, least, status, stream);
+  cuda::matching_cost(arguments, cost.template mutable_data_ptr<T>(), least, status, stream);
 
   const ElementType type = sizeof(T) == sizeof(float) ? ElementType::kFloat32 : ElementType::kFloat64;
   const auto plan = cuda::assign_plan(batch, options.max_count < 0 ? batch.targets : options.max_count, type);
   const Tensor scratch = new_bytes(in.logits, batch.layers * batch.images * int64_t(plan.scratch_bytes));
   const AssignmentArguments<T> assignment = {batch, cost.template const_data_ptr<T>(),
                                              query_of_target.mutable_data_ptr<int32_t>(), nullptr, nullptr};
-  enqueue_assign(assignment, least, plan, scratch.mutable_data_ptr(), stream);
+  cuda::assign(assignment, least, plan, scratch.mutable_data_ptr(), stream);
   return query_of_target;
 }
 

@@ -235,13 +235,9 @@ SetLoss set_loss_on_host(const LossInputs& in) {
                                       sums.data(),
                                       logits_gradient.template mutable_data_ptr<T>(),
                                       boxes_gradient.template mutable_data_ptr<T>()};
-  in_parallel(batch.layers * batch.images, double(batch.queries) * double(classes), [&](int64_t begin, int64_t end) {
-    if constexpr (sizeof(T) == 8) {
-      cpu::kernels().set_loss_double(arguments, begin, end);
-    } else {
-      cpu::kernels().set_loss_float(arguments, begin, end);
-    }
-  });
+  const auto kernel = kernel_of<T>(cpu::kernels().set_loss_float, cpu::kernels().set_loss_double);
+  in_parallel(batch.layers * batch.images, double(batch.queries) * double(classes),
+              [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
   reduce_losses(arguments, data_or_null(in.loss_weight), losses.template mutable_data_ptr<T>(),
                 total.template mutable_data_ptr<T>());
   return result;
@@ -259,14 +255,9 @@ template <typename T>
 Gradients scale_on_host(const BackwardInputs& in) {
   Gradients result = new_gradients(in);
   const auto arguments = arguments_of<T>(in, result);
+  const auto kernel = kernel_of<T>(cpu::kernels().scale_gradients_float, cpu::kernels().scale_gradients_double);
   in_parallel(arguments.layers * arguments.queries_per_layer, double(in.logits_gradient.size(3)),
-              [&](int64_t begin, int64_t end) {
-                if constexpr (sizeof(T) == 8) {
-                  cpu::kernels().scale_gradients_double(arguments, begin, end);
-                } else {
-                  cpu::kernels().scale_gradients_float(arguments, begin, end);
-                }
-              });
+              [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
   return result;
 }
 

@@ -1,3 +1,4 @@
+// Kernels of planted.cu by name, for the tests of the emulator.
 #pragma once
 
 #include <string>

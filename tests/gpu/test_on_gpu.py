@@ -103,7 +103,8 @@ def test_more_problems_than_the_device_runs_at_once() -> None:
     moved = on(DEVICE, *inputs)
     assert_same([match(*moved, max_count=40)], [pairs])
     ours = set_loss(*moved[:2], pairs.to(DEVICE), *moved[2:])
-    torch.testing.assert_close(ours.cpu(), set_loss(*inputs[:2], pairs, *inputs[2:]), rtol=1e-6, atol=0)
+    eps = torch.finfo(torch.float32).eps  # sums are taken in double, in another order
+    torch.testing.assert_close(ours.cpu(), set_loss(*inputs[:2], pairs, *inputs[2:]), rtol=4 * eps, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "focal"])
@@ -256,8 +257,7 @@ def test_compiles_whole_and_not_again_when_targets_change() -> None:
         inputs = (predictions.logits, predictions.boxes)
         expected = torch.autograd.grad(total(*inputs, targets), inputs)
         found = torch.autograd.grad(compiled(*inputs, targets), inputs)
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+        assert_same(found, expected)
         compilations.append(counter.frame_count)
     assert len(set(compilations)) == 1
 

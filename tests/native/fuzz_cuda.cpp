@@ -20,13 +20,6 @@ std::vector<int32_t> random_offsets(int64_t images, int64_t most) {
   return offsets;
 }
 
-void enqueue(const AssignmentArguments<float>& a, const cuda::AssignPlan& plan, void* scratch) {
-  cuda::assign(a, nullptr, plan, scratch, nullptr);
-}
-void enqueue(const AssignmentArguments<double>& a, const cuda::AssignPlan& plan, void* scratch) {
-  cuda::assign(a, plan, scratch, nullptr);
-}
-
 template <typename T>
 bool assignment_is_sound(int64_t most_queries, int64_t most_targets) {
   // Now and then so little shared memory that the scratch is used.
@@ -41,21 +34,15 @@ bool assignment_is_sound(int64_t most_queries, int64_t most_targets) {
   const Batch batch = {layers, images, queries, targets, offsets.data()};
   const auto plan = cuda::assign_plan(batch, most, sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
   auto scratch = scratch_of(layers * images * int64_t(plan.scratch_bytes));
-  enqueue(AssignmentArguments<T>{batch, cost.data(), query_of_target.data(), target_price.data(), query_price.data()},
-          plan, scratch.data());
+  cuda::assign(
+      AssignmentArguments<T>{batch, cost.data(), query_of_target.data(), target_price.data(), query_price.data()},
+      nullptr, plan, scratch.data(), nullptr);
   for (int64_t p = 0; p < layers * images; ++p) {
     const int64_t first = p / images * targets + offsets[p % images];
     const int64_t count = offsets[p % images + 1] - offsets[p % images];
     if (!is_one_to_one(cost.data() + first * queries, count, queries, query_of_target.data() + first)) return false;
   }
   return true;
-}
-
-void enqueue(const CostArguments<float>& a, float* cost, uint64_t* minima, int64_t* status) {
-  cuda::matching_cost(a, cost, minima, status, nullptr);
-}
-void enqueue(const CostArguments<double>& a, double* cost, uint64_t*, int64_t* status) {
-  cuda::matching_cost(a, cost, status, nullptr);
 }
 
 // Numbers of 2, 4 or 8 bytes, as the type wants them.
@@ -99,8 +86,8 @@ void run_matching_and_loss(ClassKind kind) {
   std::vector<int64_t> status(2);
   std::vector<T> cost(layers * targets * queries);
   std::vector<uint64_t> minima(layers * targets * cuda::minima_segments(queries));
-  const bool with_minima = integer(0, 1) == 1;
-  enqueue(cost_arguments, cost.data(), with_minima ? minima.data() : nullptr, status.data());
+  const bool with_minima = integer(0, 1) == 1 && sizeof(T) == sizeof(float);
+  cuda::matching_cost(cost_arguments, cost.data(), with_minima ? minima.data() : nullptr, status.data(), nullptr);
 
   std::vector<int32_t> query_of_target(layers * targets);
   if constexpr (sizeof(T) == sizeof(float)) {  // from the minima that the cost kernel left
