@@ -1,4 +1,4 @@
-"""Instructions that one scan of the assignment's search costs, counted in the disassembly of the built kernels.
+"""Loops in the disassembly of built kernels, and the instructions that one scan of the assignment's search costs.
 
 A scan relaxes all slots from a row, finds the nearest and moves on: the cycle of the control flow with two warp minima
 (REDUX). Needs nvdisasm, of the CUDA toolkit or of Triton.
@@ -46,8 +46,16 @@ def scans(library: Path, architecture: int) -> dict[str, list[int]]:
     return found
 
 
-def _cycles(assembly: str) -> list[int]:
-    """Longest of the ways around each loop with two minima."""
+def loops(assembly: str) -> list[list[str]]:
+    """Instructions from the head of each loop to the branch back to it."""
+    instructions, labels = _parsed(assembly)
+    branches = [(at, _BRANCH.match(text)) for at, text in enumerate(instructions)]
+    ends = [(labels[branch[3]], at) for at, branch in branches if branch and labels.get(branch[3], at + 1) <= at]
+    return [instructions[head : end + 1] for head, end in ends]
+
+
+def _parsed(assembly: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions, and the place of each label among them."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in assembly.splitlines():
@@ -56,6 +64,12 @@ def _cycles(assembly: str) -> list[int]:
             labels[label[1]] = len(instructions)
         elif instruction:
             instructions.append(instruction[1].strip())
+    return instructions, labels
+
+
+def _cycles(assembly: str) -> list[int]:
+    """Longest of the ways around each loop with two minima."""
+    instructions, labels = _parsed(assembly)
     branches = [(at, _BRANCH.match(text)) for at, text in enumerate(instructions)]
     heads = {labels[branch[3]] for at, branch in branches if branch and labels.get(branch[3], at + 1) <= at}
     lengths = []

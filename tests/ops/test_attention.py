@@ -42,7 +42,7 @@ def arguments(
 def test_output_and_log_sum_exp_are_the_definition(lengths: list[tuple[int, int]], widths: tuple[int, int]) -> None:
     inputs = arguments(lengths, widths=widths, spare=2)
     expected = attention_reference(*inputs[:5], scale=0.3)
-    found = torch.ops.detr_fast.attention(*inputs, 0.3, 0.0, None)
+    found = torch.ops.detr_fast.attention(*inputs, 0.3, 0.0, None, None)
     limit = 50 * torch.finfo(torch.float64).eps
     torch.testing.assert_close(found[0], expected[0], rtol=limit, atol=limit)
     torch.testing.assert_close(found[1], expected[1], rtol=limit, atol=limit)
@@ -82,7 +82,7 @@ def test_narrow_types(dtype: torch.dtype) -> None:
     inputs = arguments([(40, 70), (3, 130)], dtype)
     wide = [x.double() for x in inputs[:3]]
     expected, sums = attention_reference(*wide, *inputs[3:5])
-    output, found_sums = torch.ops.detr_fast.attention(*inputs, 8**-0.5, 0.0, None)
+    output, found_sums = torch.ops.detr_fast.attention(*inputs, 8**-0.5, 0.0, None, None)
     assert output.dtype == dtype
     assert found_sums.dtype == torch.float32
     limit = 4 * torch.finfo(dtype).eps
@@ -155,7 +155,7 @@ def test_opcheck(dropout: float) -> None:
     seed = torch.tensor(5) if dropout else None
     *tensors, query_offsets, key_offsets, max_query, max_key = arguments(RAGGED, torch.float32)
     leaves = [x.requires_grad_() for x in tensors]
-    rest = (query_offsets, key_offsets, max_query, max_key, 0.5, dropout, seed)
+    rest = (query_offsets, key_offsets, max_query, max_key, 0.5, dropout, seed, None)
     torch.library.opcheck(torch.ops.detr_fast.attention.default, (*leaves, *rest))
     plain = [x.detach() for x in leaves]
     output, sums = torch.ops.detr_fast.attention(*plain, *rest)

@@ -1,0 +1,204 @@
+"""What the compiler makes of the Triton kernels: registers, spills, shared memory, and instructions a score.
+
+``python -m benchmarks.run triton`` compiles them for GPUs that need not be there. `detr_fast/ops/triton/resources.csv` holds the
+numbers that a test compares, one set for each release of Triton.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass, fields
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks import ptx, sass
+from benchmarks.machine import REPOSITORY
+from detr_fast.ops.triton import attention_backward, attention_forward
+from detr_fast.ops.triton.choice import CANDIDATES, Tiles
+
+RECORDED = REPOSITORY / "detr_fast" / "ops" / "triton" / "resources.csv"
+ARCHITECTURES = (80, 90, 100)
+KERNELS = {
+    "forward": attention_forward.forward,
+    "backward_of_queries": attention_backward.backward_of_queries,
+    "backward_of_keys": attention_backward.backward_of_keys,
+}
+_MULTIPLICATION = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b")
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One kernel as it is compiled."""
+
+    kernel: str
+    type: str  # as Triton writes it: "bf16", "fp32"
+    width: int  # of a head, key and value alike
+    mask: str
+    dropout: bool
+    cut: Tiles
+    architecture: int
+
+    @property
+    def name(self) -> str:
+        cut = f"{self.cut.queries}x{self.cut.keys}, {self.cut.warps} warps, {self.cut.stages} stages"
+        extras = "".join([f", {self.mask} mask" * (self.mask != "none"), ", dropout" * self.dropout])
+        return f"{self.kernel}, {self.type}, width {self.width}, {cut}{extras}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of it."""
+
+    name: str
+    architecture: int
+    registers: int  # of a thread
+    stack: int  # bytes of a thread; spilled registers are there
+    shared: int  # bytes of a block
+    per_score: float  # instructions of the main loop for one pair of query and key; a thread's, as issued
+
+
+def cases(first_only: bool = False) -> Iterator[Case]:
+    """Every candidate of DETR's head width, the first of the others; dropout and masks with the first."""
+    for kernel, by_width in CANDIDATES.items():
+        for (size, width), cuts in by_width.items():
+            element = "bf16" if size == 2 else "fp32"
+            for architecture in ARCHITECTURES:
+                is_ours = (size, width) == (2, 32)
+                for cut in cuts if is_ours and not first_only else cuts[:1]:
+                    yield Case(kernel, element, width, "none", False, cut, architecture)
+                    if is_ours:
+                        yield Case(kernel, element, width, "none", True, cut, architecture)
+                if is_ours and not first_only:
+                    yield Case(kernel, element, width, "boolean", False, cuts[0], architecture)
+                    yield Case(kernel, element, width, "additive", False, cuts[0], architecture)
+
+
+def compiled(case: Case) -> Compiled:
+    kernel = KERNELS[case.kernel]
+    constants: dict[str, Any] = {
+        "HEADS": 8,
+        "QUERIES": case.cut.queries,
+        "KEYS": case.cut.keys,
+        "KEY_WIDTH": case.width,
+        "KEY_PADDED": case.width,
+        "VALUE_WIDTH": case.width,
+        "VALUE_PADDED": case.width,
+        "IMAGES": 16,
+        "MASK": case.mask,
+        "DROPOUT": case.dropout,
+        "PRECISION": "ieee",
+        "STAGES": case.cut.stages,
+    }
+    signature = {name: "constexpr" if name in constants else _type(name, case) for name in kernel.arg_names}
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    aligned = [name for name, kind in signature.items() if kind[0] == "*" or _is_aligned(name)]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={places[name]: value for name, value in constants.items()},
+        attrs={places[name]: [["tt.divisibility", 16]] for name in aligned},
+    )
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", case.architecture, 32),
+        options={"num_warps": case.cut.warps, "num_stages": case.cut.stages},
+    )
+    (found,) = ptx.kernels_of(made.asm["cubin"])
+    length = main_loop(made.asm["cubin"], case)
+    threads = 32 * case.cut.warps
+    per_score = length * threads / (case.cut.queries * case.cut.keys)
+    return Compiled(case.name, case.architecture, found.registers, found.stack, made.metadata.shared, round(per_score, 2))
+
+
+def _type(name: str, case: Case) -> str:
+    if name in ("scale", "kept"):
+        return "fp32"
+    if name in ("query_offsets", "key_offsets", "query_words", "key_words"):
+        return "*i32"
+    if name in ("log_sum_exp", "means"):
+        return "*fp32"
+    if name == "mask":
+        return "*u8" if case.mask == "boolean" else "*fp32"
+    if name.endswith(("gradient", "query", "key", "value", "output")):
+        return f"*{case.type}"
+    return "i32"
+
+
+def _is_aligned(name: str) -> bool:
+    return name.endswith("stride") and not name.startswith("mask") and name != "split_stride"
+
+
+def main_loop(cubin: bytes, case: Case) -> int:
+    """Instructions of the innermost loop that multiplies matrices and takes exponentials, for one block."""
+    tool = sass.nvdisasm()
+    if tool is None:
+        raise FileNotFoundError("nvdisasm: install the CUDA toolkit or Triton")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    scores = case.cut.queries * case.cut.keys // (32 * case.cut.warps)
+    lengths = []
+    for loop in sass.loops(said):
+        exponentials = sum("MUFU.EX2" in line for line in loop)
+        if exponentials >= scores and any(_MULTIPLICATION.search(line) for line in loop):
+            lengths.append(len(loop) // (exponentials // scores))
+    if not lengths:
+        raise ValueError(f"{case.name}, sm_{case.architecture}: no main loop found")
+    return min(lengths)
+
+
+def recorded() -> dict[tuple[str, int], Compiled]:
+    """Of the installed release of Triton; empty if there is none."""
+    found = {}
+    with RECORDED.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row.pop("triton") == triton.__version__:
+                numbers = {x.name: float(row[x.name]) if x.name == "per_score" else int(row[x.name]) for x in fields(Compiled)[1:]}
+                found[row["name"], int(row["architecture"])] = Compiled(row["name"], **numbers)  # type: ignore[arg-type]
+    return found
+
+
+def record(found: list[Compiled]) -> None:
+    """Makes these the numbers of this release of Triton."""
+    rows: list[dict[str, Any]] = []
+    if RECORDED.exists():
+        with RECORDED.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["triton"] != triton.__version__]
+    rows += [{"triton": triton.__version__, **asdict(x)} for x in found]
+    with RECORDED.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["triton", *(x.name for x in fields(Compiled))], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(found: list[Compiled]) -> str:
+    """A line for each kernel, a column for each architecture: registers, shared memory, instructions a score."""
+    by_name: dict[str, dict[int, Compiled]] = {}
+    for one in found:
+        by_name.setdefault(one.name, {})[one.architecture] = one
+    width = max(map(len, by_name))
+    title = "registers, KiB shared, instr/score"
+    lines = [f"{title:{width}}  " + "  ".join(f"{f'sm_{a}':>16}" for a in ARCHITECTURES)]
+    for name, of_architecture in by_name.items():
+        cells = []
+        for architecture in ARCHITECTURES:
+            _, _, registers, stack, shared, per_score = astuple(of_architecture[architecture])
+            cells.append(f"{registers}{f'+{stack}B' if stack else ''} {shared / 1024:.0f} {per_score:.2f}")
+        lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>16}" for cell in cells))
+    spilled = sum(one.stack > 0 for one in found)
+    return "\n".join([*lines, f"Triton {triton.__version__}: {len(found)} kernels, {spilled} with a stack (or spills)"])
+
+
+def main_report(update: bool) -> None:
+    found = [compiled(case) for case in cases()]
+    print(report(found))
+    if update:
+        record(found)

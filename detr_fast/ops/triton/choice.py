@@ -1,0 +1,139 @@
+"""Which tiles a kernel uses: a small fixed set for each width and type, timed once for each class of shapes.
+
+What was found is kept in a file beside Triton's own cache, so that later processes begin with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is cut: its block of queries and of keys, its warps, and blocks that are loaded ahead."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    resident: int = 1  # programs that one multiprocessor is given
+
+
+# By bytes of an element and by the wider of the two head widths, padded. The first of each is used where nothing may be
+# timed: while a CUDA graph is captured, and with torch.use_deterministic_algorithms.
+CANDIDATES: dict[str, dict[tuple[int, int], tuple[Tiles, ...]]] = {
+    "forward": {
+        (2, 32): (Tiles(64, 128, 4, 2, 3), Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3, 2), Tiles(64, 64, 4, 3, 4)),
+        (2, 64): (Tiles(64, 128, 4, 2, 2), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3, 3)),
+        (2, 128): (Tiles(64, 64, 4, 2, 2), Tiles(128, 64, 8, 2)),
+        (4, 32): (Tiles(64, 32, 4, 2, 3), Tiles(32, 32, 4, 2, 4)),
+        (4, 64): (Tiles(32, 32, 4, 2, 3), Tiles(64, 32, 4, 2, 2)),
+        (4, 128): (Tiles(32, 32, 4, 1, 2),),
+    },
+    "backward_of_queries": {
+        (2, 32): (Tiles(64, 64, 4, 3, 3), Tiles(128, 64, 8, 2, 1), Tiles(64, 128, 4, 2, 2)),
+        (2, 64): (Tiles(64, 64, 4, 2, 2), Tiles(128, 64, 8, 2)),
+        (2, 128): (Tiles(64, 32, 4, 2, 2), Tiles(64, 64, 4, 2)),
+        (4, 32): (Tiles(32, 32, 4, 2, 3), Tiles(64, 32, 4, 2, 2)),
+        (4, 64): (Tiles(32, 32, 4, 1, 2),),
+        (4, 128): (Tiles(16, 32, 4, 1, 2),),
+    },
+    "backward_of_keys": {
+        (2, 32): (Tiles(64, 64, 4, 3, 2), Tiles(64, 128, 8, 2), Tiles(32, 128, 4, 2, 2)),
+        (2, 64): (Tiles(64, 64, 4, 2, 2), Tiles(64, 128, 8, 2)),
+        (2, 128): (Tiles(32, 64, 4, 2), Tiles(64, 64, 8, 2)),
+        (4, 32): (Tiles(32, 32, 4, 2, 3), Tiles(32, 64, 4, 2, 2)),
+        (4, 64): (Tiles(32, 32, 4, 1, 2),),
+        (4, 128): (Tiles(32, 16, 4, 1, 2),),
+    },
+}
+
+
+def candidates(kernel: str, element_size: int, width: int) -> tuple[Tiles, ...]:
+    return CANDIDATES[kernel][min(element_size, 4), max(32, triton.next_power_of_2(width))]
+
+
+@dataclass(frozen=True)
+class ShapeClass:
+    """What a choice depends on; lengths count by their power of two."""
+
+    kernel: str
+    type: str
+    key_width: int
+    value_width: int
+    heads: int
+    mask: str
+    dropout: bool
+    precision: str
+    images: int
+    longest_query: int
+    longest_key: int
+
+    def __str__(self) -> str:
+        return " ".join(str(x) for x in asdict(self).values())
+
+
+def power_above(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+_chosen: dict[tuple[int, ShapeClass], Tiles] = {}
+
+
+def choose(shape: ShapeClass, options: Sequence[Tiles], run: Callable[[Tiles], object], device: torch.device) -> Tiles:
+    """The fastest of the options for these shapes; `run` launches the kernel with one and must be repeatable."""
+    if len(options) == 1 or device.type != "cuda":
+        return options[0]
+    place = (device.index or 0, shape)
+    found = _chosen.get(place)
+    if found is not None:
+        return found
+    if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
+        return options[0]
+    file = _file(torch.cuda.get_device_name(device))
+    known = _read(file).get(str(shape))
+    found = next((tiles for tiles in options if asdict(tiles) == known), None)
+    if found is None:
+        times = [triton.testing.do_bench(lambda tiles=tiles: run(tiles), warmup=5, rep=20) for tiles in options]
+        found = options[times.index(min(times))]
+        _write(file, str(shape), asdict(found))
+    _chosen[place] = found
+    return found
+
+
+@lru_cache
+def _file(device_name: str) -> Path:
+    name = "-".join([*device_name.lower().split(), "triton", triton.__version__])
+    return Path(knobs.cache.dir) / "detr_fast" / f"attention-{name}.json"
+
+
+def _read(file: Path) -> dict[str, dict[str, int]]:
+    """Empty where there is no file, or one that a crash of the machine left unreadable."""
+    try:
+        content = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(file: Path, shape: str, tiles: dict[str, int]) -> None:
+    """Adds an entry; another process that writes at the same time may undo that, and it is timed once more."""
+    content = {**_read(file), shape: tiles}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+            json.dump(content, temporary, indent=1)
+        os.replace(temporary.name, file)
+    except OSError as error:
+        warnings.warn(f"attention: the chosen tiles are not kept for the next process: {error}", stacklevel=2)

@@ -1,0 +1,146 @@
+"""What the attention kernels share: where a tile lies, how its rows are read, and which weights dropout keeps.
+
+A kernel's program walks a list of tiles, a block of one image's rows for one head each, longest work first. The list is
+never stored: each program finds its tiles from the offsets, which stay on the device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# The interpreter knows no assembly; `drop` says what it means.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Ordering compares every image with every other; above so many images, tiles come in the order of the images.
+MOST_ORDERED = tl.constexpr(64)
+
+
+@triton.jit
+def first_tiles(
+    offsets,  # [B + 1] of the rows that are cut into blocks
+    other_offsets,  # [B + 1] of the rows that each block works through
+    images,  # B
+    rows,  # all rows; those past the last offset are image B, which has no others
+    BLOCK: tl.constexpr,
+    IMAGES: tl.constexpr,  # power of two above B
+):
+    """Of each image its first tile and its number of tiles, both ``[IMAGES]``."""
+    image = tl.arange(0, IMAGES)
+    inside = image < images
+    start = tl.load(offsets + image, mask=image <= images, other=0)
+    end = tl.load(offsets + image + 1, mask=inside, other=0)
+    blocks = tl.cdiv(tl.where(image == images, rows, end) - start, BLOCK)
+    if IMAGES <= MOST_ORDERED:
+        other_end = tl.load(other_offsets + image + 1, mask=inside, other=0)
+        work = tl.where(inside, other_end - tl.load(other_offsets + image, mask=inside, other=0), 0)
+        longer = work[:, None] > work[None, :]
+        tie = (work[:, None] == work[None, :]) & (image[:, None] < image[None, :])
+        before = tl.sum(tl.where(longer | tie, blocks[:, None], 0), 0)
+    else:
+        before = tl.cumsum(blocks, 0) - blocks
+    return before, blocks
+
+
+@triton.jit
+def place_of(tile, before, blocks, IMAGES: tl.constexpr):
+    """Image of a tile and its block there; -1 for a tile past the last one."""
+    own = (before <= tile) & (tile < before + blocks)
+    image = tl.sum(tl.where(own, tl.arange(0, IMAGES) + 1, 0), 0) - 1
+    return image, tile - tl.sum(tl.where(own, before, 0), 0)
+
+
+@triton.jit
+def segment_of(image, offsets, images, rows):
+    """First row of an image and the one past its last."""
+    start = tl.load(offsets + image)
+    return start, tl.load(offsets + image + 1, mask=image < images, other=rows)
+
+
+@triton.jit
+def load_rows(at, row, end, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
+    """``[row, PADDED]``, zero past WIDTH and, if only PART of the rows exists, from `end` on."""
+    column = tl.arange(0, PADDED)
+    pointer = at + row[:, None] * stride + column[None, :]
+    if PART and WIDTH < PADDED:
+        return tl.load(pointer, mask=(row[:, None] < end) & (column[None, :] < WIDTH), other=0.0)
+    if PART:
+        return tl.load(pointer, mask=row[:, None] < end, other=0.0)
+    if WIDTH < PADDED:
+        return tl.load(pointer, mask=column[None, :] < WIDTH, other=0.0)
+    return tl.load(pointer)
+
+
+@triton.jit
+def store_rows(at, row, end, stride, x, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    column = tl.arange(0, PADDED)
+    inside = (row[:, None] < end) & (column[None, :] < WIDTH)
+    tl.store(at + row[:, None] * stride + column[None, :], x.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_numbers(at, row, end, other, PART: tl.constexpr):
+    if PART:
+        return tl.load(at + row, mask=row < end, other=other)
+    return tl.load(at + row)
+
+
+@triton.jit
+def masked(score, mask, row, row_end, row_stride, column, column_end, column_stride, KIND: tl.constexpr):
+    """Scores (in powers of two) of pairs that may attend, minus infinity for the others."""
+    inside = (row < row_end) & (column < column_end)
+    pointer = mask + row.to(tl.int64) * row_stride + column * column_stride
+    if KIND == "boolean":
+        return tl.where(tl.load(pointer, mask=inside, other=0) != 0, score, -float("inf"))
+    return score + tl.load(pointer, mask=inside, other=-float("inf")).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def drop(x, query_word, key_word, limit):
+    """x where the product of the two words, a signed 32 bit number, is at least `limit`, elsewhere zero.
+
+    In assembly, because LLVM packs the 64 comparisons of a thread into bit fields and unpacks them again: 13.5 instead
+    of 9.7 instructions a score in the forward kernel.
+    """
+    if INTERPRETED:
+        return tl.where(query_word * key_word >= limit, x, 0.0)
+    return tl.inline_asm_elementwise(
+        "{ .reg .s32 draw; .reg .pred kept; mul.lo.s32 draw, $2, $3; setp.ge.s32 kept, draw, $4;"
+        " selp.f32 $0, $1, 0f00000000, kept; }",
+        "=r,r,r,r,r",
+        [x, query_word, key_word, limit],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def mixed(x):
+    """A bijection of 32 bit numbers in which every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout_words(
+    seed,  # [] int64
+    words,  # [count] int32: of `query_count` pairs of a query and a head, then of keys
+    query_count,
+    count,
+    BLOCK: tl.constexpr,
+):
+    """`detr_fast.ops.attention.dropout_words`, for all at once."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_key = number >= query_count
+    whole = tl.load(seed)
+    low, high = whole.to(tl.uint32), (whole >> 32).to(tl.uint32)
+    index = tl.where(is_key, number - query_count, number).to(tl.uint32)
+    start = mixed(low ^ tl.where(is_key, 0x9E3779B9, 0).to(tl.uint32))
+    word = mixed(mixed(index + start) ^ high) | 1
+    tl.store(words + number, word.to(tl.int32, bitcast=True), mask=number < count)
