@@ -1,6 +1,6 @@
-"""Times our code beside others': ``python -m benchmarks.run assignment matching criterion model train_step``.
+"""Times our code beside others': ``python -m benchmarks.run assignment criterion attention``.
 
-``ptx`` times nothing: it prints registers and stack of the CUDA kernels, without a GPU.
+``ptx`` and ``triton`` time nothing: they print what the compilers made of the kernels, without a GPU.
 
 Every provider is checked against the definition before it is timed. Medians and ratios are printed with the bars they
 should reach, and appended to the CSV of this machine in benchmarks/results.
@@ -23,8 +23,8 @@ from benchmarks import machine, ptx, results, sass
 from benchmarks.harness import OURS, Benchmark, LocalSampler, Options, Sampler, Timing, measure
 from benchmarks.other_revision import OtherRevision
 
-TIMED = ("assignment", "matching", "criterion", "model", "train_step")
-SUITES = (*TIMED, "ptx")
+TIMED = ("assignment", "matching", "criterion", "attention", "transformer", "model", "train_step")
+SUITES = (*TIMED, "ptx", "triton")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{name}, sm_90: {' / '.join(map(str, counts))} instructions of a scan")
         if options.update:
             ptx.record(found)
+    if "triton" in options.suites:
+        from benchmarks import triton_kernels  # Triton need not be there for the others
+
+        triton_kernels.print_report(options.update)
     suites = [suite for suite in options.suites if suite in TIMED]
     if not suites:
         return
@@ -66,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     found.add_argument("--only", default="", metavar="PATTERN", help="only cases and values that match this expression")
     found.add_argument("--against", metavar="REF", help="also build and time this git revision of detr_fast")
-    found.add_argument("--update", action="store_true", help="ptx: make these the numbers that the test compares")
+    found.add_argument("--update", action="store_true", help="ptx, triton: make these the numbers of the tests")
     found.add_argument("--output", type=Path, metavar="FILE", help="CSV to append to (default: of this machine)")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then compute tensors of the CPU
 
 from emulator import build
 
@@ -33,6 +36,21 @@ def emulator() -> ModuleType:
     if reason is not None:
         pytest.skip(reason)
     return build.load()
+
+
+@pytest.fixture
+def triton_attention() -> Iterator[None]:
+    """Attention of CPU tensors is computed by the Triton kernels, in Triton's interpreter, and so is all that uses it."""
+    pytest.importorskip("triton")
+    from detr_fast.ops.triton import attention
+
+    library = torch.library.Library("detr_fast", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that is the purpose
+        library.impl("attention", attention.forward, "CPU", allow_override=True)
+        library.impl("attention_backward", attention.backward, "CPU", allow_override=True)
+    yield
+    library._destroy()
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ class Problem:
         query, key, value = (_rows(x) for x in (query, key, value))
         if mask is not None:
             images, heads = len(query_offsets) - 1, query.shape[1]
-            mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(images, heads, -1, -1)
+            mask = _rows(mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(images, heads, -1, -1)
         offsets = query_offsets.contiguous(), key_offsets.contiguous()
         return cls(query, key, value, *offsets, max_query, max_key, scale, dropout, seed, mask)
 
@@ -77,9 +77,9 @@ class Problem:
         """Of all kernels alike."""
         mask = self.query if self.mask is None else self.mask
         kind = "none" if self.mask is None else "boolean" if self.mask.dtype == torch.uint8 else "additive"
-        strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
+        strides = (0, 0, 0) if self.mask is None else self.mask.stride()[:3]
         key_width, value_width = self.key.shape[2], self.value.shape[2]
-        names = ("image", "head", "query", "key")
+        names = ("image", "head", "query")
         return {
             "query_offsets": self.query_offsets,
             "key_offsets": self.key_offsets,
@@ -104,6 +104,9 @@ class Problem:
         }
 
     def chosen(self, kernel: str, arguments: dict[str, Any], run: Callable[[Tiles], object]) -> Tiles:
+        products = "half" if self.mask is None else "masked"
+        if self.query.dtype == torch.float32:
+            products = arguments["PRECISION"]
         shape = ShapeClass(
             kernel,
             str(self.query.dtype).removeprefix("torch."),
@@ -112,12 +115,12 @@ class Problem:
             arguments["HEADS"],
             arguments["MASK"],
             arguments["DROPOUT"],
-            arguments["PRECISION"] if self.query.dtype == torch.float32 else "",
+            products,
             power_above(self.images),
             power_above(self.max_query),
             power_above(self.max_key),
         )
-        options = candidates(kernel, self.query.element_size(), max(shape.key_width, shape.value_width))
+        options = candidates(kernel, products, max(shape.key_width, shape.value_width))
         return choose(shape, options, run, self.query.device)
 
     def splits(self, cut: Tiles) -> int:
@@ -217,14 +220,13 @@ def backward(
 def _launch(
     kernel: Any, cut: Tiles, rows: int, block: int, problem: Problem, splits: int | None, **arguments: Any
 ) -> None:
-    bound = rows // block + problem.images + 1
-    work = bound * problem.query.shape[1] * (splits or 1)
+    tiles = rows // block + problem.images + 1  # at least as many as there are
+    programs = tiles * problem.query.shape[1] * (splits or 1)
     if splits is not None:
         arguments["splits"] = splits
-    programs = min(work, _multiprocessors(problem.query.device) * cut.resident)
     kernel[(programs,)](
-        tiles=bound, QUERIES=cut.queries, KEYS=cut.keys, STAGES=cut.stages, num_warps=cut.warps, num_stages=cut.stages,
-        **arguments,
+        QUERIES=cut.queries, KEYS=cut.keys, CHUNK=cut.chunk, STAGES=cut.stages, num_warps=cut.warps,
+        num_stages=cut.stages, **arguments,
     )  # fmt: skip
 
 
@@ -251,5 +253,5 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    # The interpreter runs on the CPU; two programs walk the list of tiles there.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    # Tensors of the CPU are computed by the interpreter, one program after the other.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -18,6 +18,7 @@ from detr_fast.ops.triton.tiles import (
     load_rows,
     masked,
     place_of,
+    product,
     segment_of,
     store_rows,
 )
@@ -26,15 +27,18 @@ from detr_fast.ops.triton.tiles import (
 @triton.jit
 def _add_query_gradient(
     q,  # [QUERIES, KEY_PADDED]
-    gradient,  # [QUERIES, VALUE_PADDED] of the output
+    of_output,  # [QUERIES, VALUE_PADDED]
+    query,
+    gradient,
     key,
     value,
     words,
     mask,
+    query_stride,
+    gradient_stride,
     key_stride,
     value_stride,
     mask_query_stride,
-    mask_key_stride,
     start,
     end,
     query_number,  # [QUERIES] in the image
@@ -54,29 +58,34 @@ def _add_query_gradient(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
     number = start + tl.arange(0, KEYS)
-    k = load_rows(key, number, end, key_stride, KEY_WIDTH, KEY_PADDED, PART)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    score = product(
+        q, query, query_number, query_end, query_stride, key, number, end, key_stride, KEY_WIDTH, KEY_PADDED, CHUNK,
+        PRECISION, True, PART,
+    )  # fmt: skip
     if MASK != "none":
         score = masked(
-            score * scale, mask, query_number[:, None], query_end, mask_query_stride, number[None, :], end,
-            mask_key_stride, MASK,
+            score * scale, mask, query_number[:, None], query_end, mask_query_stride, number[None, :], end, MASK
         )  # fmt: skip
         weight = tl.exp2(score - log_sum[:, None])
     else:
         if PART:
             score = tl.where((number < end)[None, :], score, -float("inf"))
         weight = tl.exp2(tl.fma(score, scale, -log_sum[:, None]))
-    v = load_rows(value, number, end, value_stride, VALUE_WIDTH, VALUE_PADDED, PART)
-    of_weight = tl.dot(gradient, tl.trans(v), input_precision=PRECISION)
+    of_weight = product(
+        of_output, gradient, query_number, query_end, gradient_stride, value, number, end, value_stride, VALUE_WIDTH,
+        VALUE_PADDED, CHUNK, PRECISION, True, PART,
+    )  # fmt: skip
     if DROPOUT:
         key_word = load_numbers(words, number, end, 0, PART)
         of_weight = drop(of_weight, query_word[:, None], key_word[None, :], limit)
         of_score = weight * tl.fma(of_weight, 1 / kept, -mean[:, None])
     else:
         of_score = weight * (of_weight - mean[:, None])
+    k = load_rows(key, number, end, key_stride, KEY_WIDTH, KEY_PADDED, PART)
     return tl.dot(of_score.to(k.dtype), k, sums, input_precision=PRECISION)
 
 
@@ -106,11 +115,9 @@ def backward_of_queries(
     mask_image_stride,
     mask_head_stride,
     mask_query_stride,
-    mask_key_stride,
     images,
     queries,  # N
     keys,  # M
-    tiles,  # at least as many as there are
     splits,
     scale,
     limit,
@@ -126,86 +133,86 @@ def backward_of_queries(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program owns a block of queries and works through the image's keys, as in the forward kernel."""
     before, blocks = first_tiles(query_offsets, key_offsets, images, queries, QUERIES, IMAGES)
-    for work in range(tl.program_id(0), tiles * HEADS * splits, tl.num_programs(0)):
-        split, head = work % splits, work // splits % HEADS
-        image, block = place_of(work // splits // HEADS, before, blocks, IMAGES)
-        if image >= 0:
-            start, end = segment_of(image, query_offsets, images, queries)
-            number = block * QUERIES + tl.arange(0, QUERIES)
-            inside = number < end - start
-            first_key = 0
-            last_key = 0
-            key_start = 0
-            if image < images:
-                key_start, key_end = segment_of(image, key_offsets, images, keys)
-                share = tl.cdiv(tl.cdiv(key_end - key_start, KEYS), splits) * KEYS
-                first_key = tl.minimum(split * share, key_end - key_start)
-                last_key = tl.minimum(first_key + share, key_end - key_start)
-            first = start.to(tl.int64)
-            q = load_rows(
-                query + first * query_stride + head * query_head_stride, number, end - start, query_stride,
-                KEY_WIDTH, KEY_PADDED, True,
+    work = tl.program_id(0)
+    split, head = work % splits, work // splits % HEADS
+    image, block = place_of(work // splits // HEADS, before, blocks, IMAGES)
+    if image >= 0:
+        start, end = segment_of(image, query_offsets, images, queries)
+        number = block * QUERIES + tl.arange(0, QUERIES)
+        inside = number < end - start
+        first_key = 0
+        last_key = 0
+        key_start = 0
+        if image < images:
+            key_start, key_end = segment_of(image, key_offsets, images, keys)
+            share = tl.cdiv(tl.cdiv(key_end - key_start, KEYS), splits) * KEYS
+            first_key = tl.minimum(split * share, key_end - key_start)
+            last_key = tl.minimum(first_key + share, key_end - key_start)
+        first = start.to(tl.int64)
+        q_at = query + first * query_stride + head * query_head_stride
+        q = load_rows(q_at, number, end - start, query_stride, KEY_WIDTH, KEY_PADDED, True)
+        gradient_at = gradient + first * gradient_stride + head * gradient_head_stride
+        of_output = load_rows(gradient_at, number, end - start, gradient_stride, VALUE_WIDTH, VALUE_PADDED, True)
+        out = load_rows(
+            output + (first * HEADS + head) * VALUE_WIDTH, number, end - start, HEADS * VALUE_WIDTH,
+            VALUE_WIDTH, VALUE_PADDED, True,
+        )  # fmt: skip
+        mean = tl.sum(of_output.to(tl.float32) * out.to(tl.float32), 1)
+        row = head.to(tl.int64) * queries + start + number
+        tl.store(means + row, mean, mask=inside & (split == 0))
+        log_sum = tl.load(log_sum_exp + row, mask=inside, other=-float("inf")) * LOG2_E
+        # Rows without keys weigh nothing: neither infinity nor NaN.
+        log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum)
+        k_at = key + key_start.to(tl.int64) * key_stride + head * key_head_stride
+        v_at = value + key_start.to(tl.int64) * value_stride + head * value_head_stride
+        mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
+        query_word = number
+        if DROPOUT:
+            query_word = tl.load(query_words + (start + number) * HEADS + head, mask=inside, other=0)
+        sums = tl.zeros([QUERIES, KEY_PADDED], tl.float32)
+        peeled = first_key + (last_key - first_key) // KEYS * KEYS
+        for at in tl.range(first_key, peeled, KEYS, num_stages=STAGES):
+            sums = _add_query_gradient(
+                q, of_output, q_at, gradient_at, k_at, v_at, key_words + key_start, mask_at, query_stride,
+                gradient_stride, key_stride, value_stride, mask_query_stride, at, last_key, number, end - start, query_word, limit,
+                scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED,
+                MASK, DROPOUT, PRECISION, CHUNK, False,
             )  # fmt: skip
-            of_output = load_rows(
-                gradient + first * gradient_stride + head * gradient_head_stride, number, end - start,
-                gradient_stride, VALUE_WIDTH, VALUE_PADDED, True,
+        if peeled < last_key:
+            sums = _add_query_gradient(
+                q, of_output, q_at, gradient_at, k_at, v_at, key_words + key_start, mask_at, query_stride,
+                gradient_stride, key_stride, value_stride, mask_query_stride, peeled, last_key, number, end - start, query_word, limit,
+                scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED,
+                MASK, DROPOUT, PRECISION, CHUNK, True,
             )  # fmt: skip
-            out = load_rows(
-                output + (first * HEADS + head) * VALUE_WIDTH, number, end - start, HEADS * VALUE_WIDTH,
-                VALUE_WIDTH, VALUE_PADDED, True,
-            )  # fmt: skip
-            mean = tl.sum(of_output.to(tl.float32) * out.to(tl.float32), 1)
-            row = head.to(tl.int64) * queries + start + number
-            tl.store(means + row, mean, mask=inside & (split == 0))
-            log_sum = tl.load(log_sum_exp + row, mask=inside, other=-float("inf")) * LOG2_E
-            # Rows without keys weigh nothing: neither infinity nor NaN.
-            log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum)
-            k_at = key + key_start.to(tl.int64) * key_stride + head * key_head_stride
-            v_at = value + key_start.to(tl.int64) * value_stride + head * value_head_stride
-            mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
-            query_word = number
-            if DROPOUT:
-                query_word = tl.load(query_words + (start + number) * HEADS + head, mask=inside, other=0)
-            sums = tl.zeros([QUERIES, KEY_PADDED], tl.float32)
-            peeled = first_key + (last_key - first_key) // KEYS * KEYS
-            for at in tl.range(first_key, peeled, KEYS, num_stages=STAGES):
-                sums = _add_query_gradient(
-                    q, of_output, k_at, v_at, key_words + key_start, mask_at, key_stride, value_stride,
-                    mask_query_stride, mask_key_stride, at, last_key, number, end - start, query_word, limit,
-                    scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED,
-                    MASK, DROPOUT, PRECISION, False,
-                )  # fmt: skip
-            if peeled < last_key:
-                sums = _add_query_gradient(
-                    q, of_output, k_at, v_at, key_words + key_start, mask_at, key_stride, value_stride,
-                    mask_query_stride, mask_key_stride, peeled, last_key, number, end - start, query_word, limit,
-                    scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED,
-                    MASK, DROPOUT, PRECISION, True,
-                )  # fmt: skip
-            store_rows(
-                query_gradient + ((split * queries + first) * HEADS + head) * KEY_WIDTH, number, end - start,
-                HEADS * KEY_WIDTH, sums * scale, KEY_WIDTH, KEY_PADDED,
-            )  # fmt: skip
+        store_rows(
+            query_gradient + ((split * queries + first) * HEADS + head) * KEY_WIDTH, number, end - start,
+            HEADS * KEY_WIDTH, sums * scale, KEY_WIDTH, KEY_PADDED,
+        )  # fmt: skip
 
 
 @triton.jit
 def _add_key_gradients(
     k,  # [KEYS, KEY_PADDED]
     v,  # [KEYS, VALUE_PADDED]
+    key,
+    value,
     gradient,
     query,
     log_sum_exp,
     means,
     words,
     mask,
+    key_stride,
+    value_stride,
     gradient_stride,
     query_stride,
     mask_query_stride,
-    mask_key_stride,
     start,
     end,
     key_number,  # [KEYS] in the image
@@ -225,24 +232,28 @@ def _add_key_gradients(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
     number = start + tl.arange(0, QUERIES)
-    q = load_rows(query, number, end, query_stride, KEY_WIDTH, KEY_PADDED, PART)
     # Infinity where there is no query: its weights are 0. So they are where there is no key.
     log_sum = load_numbers(log_sum_exp, number, end, float("inf"), PART) * LOG2_E
-    score = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    score = product(
+        k, key, key_number, key_end, key_stride, query, number, end, query_stride, KEY_WIDTH, KEY_PADDED, CHUNK,
+        PRECISION, True, PART,
+    )  # fmt: skip
     if MASK != "none":
         score = masked(
-            score * scale, mask, number[None, :], end, mask_query_stride, key_number[:, None], key_end,
-            mask_key_stride, MASK,
+            score * scale, mask, number[None, :], end, mask_query_stride, key_number[:, None], key_end, MASK
         )  # fmt: skip
         log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum)
         weight = tl.exp2(score - log_sum[None, :])
     else:
         weight = tl.exp2(tl.fma(score, scale, -log_sum[None, :]))
-    of_output = load_rows(gradient, number, end, gradient_stride, VALUE_WIDTH, VALUE_PADDED, PART)
-    of_weight = tl.dot(v, tl.trans(of_output), input_precision=PRECISION)
+    of_weight = product(
+        v, value, key_number, key_end, value_stride, gradient, number, end, gradient_stride, VALUE_WIDTH, VALUE_PADDED,
+        CHUNK, PRECISION, True, PART,
+    )  # fmt: skip
     mean = load_numbers(means, number, end, 0.0, PART)
     if DROPOUT:
         if PART:
@@ -256,7 +267,9 @@ def _add_key_gradients(
     else:
         dropped = weight
         of_score = weight * (of_weight - mean[None, :])
+    of_output = load_rows(gradient, number, end, gradient_stride, VALUE_WIDTH, VALUE_PADDED, PART)
     of_value = tl.dot(dropped.to(of_output.dtype), of_output, of_value, input_precision=PRECISION)
+    q = load_rows(query, number, end, query_stride, KEY_WIDTH, KEY_PADDED, PART)
     of_key = tl.dot(of_score.to(q.dtype), q, of_key, input_precision=PRECISION)
     return of_key, of_value
 
@@ -287,11 +300,9 @@ def backward_of_keys(
     mask_image_stride,
     mask_head_stride,
     mask_query_stride,
-    mask_key_stride,
     images,
     queries,  # N
     keys,  # M
-    tiles,  # at least as many as there are
     scale,
     limit,
     kept,  # share of weights that dropout keeps
@@ -306,61 +317,58 @@ def backward_of_keys(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program owns a block of keys and works through the image's queries."""
     before, blocks = first_tiles(key_offsets, query_offsets, images, keys, KEYS, IMAGES)
-    for work in range(tl.program_id(0), tiles * HEADS, tl.num_programs(0)):
-        head = work % HEADS
-        image, block = place_of(work // HEADS, before, blocks, IMAGES)
-        if image >= 0:
-            start, end = segment_of(image, key_offsets, images, keys)
-            number = block * KEYS + tl.arange(0, KEYS)
-            query_start = 0
-            count = 0
-            if image < images:
-                query_start, query_end = segment_of(image, query_offsets, images, queries)
-                count = query_end - query_start
-            first, first_query = start.to(tl.int64), query_start.to(tl.int64)
-            k = load_rows(
-                key + first * key_stride + head * key_head_stride, number, end - start, key_stride, KEY_WIDTH,
-                KEY_PADDED, True,
+    work = tl.program_id(0)
+    head = work % HEADS
+    image, block = place_of(work // HEADS, before, blocks, IMAGES)
+    if image >= 0:
+        start, end = segment_of(image, key_offsets, images, keys)
+        number = block * KEYS + tl.arange(0, KEYS)
+        query_start = 0
+        count = 0
+        if image < images:
+            query_start, query_end = segment_of(image, query_offsets, images, queries)
+            count = query_end - query_start
+        first, first_query = start.to(tl.int64), query_start.to(tl.int64)
+        k_at = key + first * key_stride + head * key_head_stride
+        v_at = value + first * value_stride + head * value_head_stride
+        k = load_rows(k_at, number, end - start, key_stride, KEY_WIDTH, KEY_PADDED, True)
+        v = load_rows(v_at, number, end - start, value_stride, VALUE_WIDTH, VALUE_PADDED, True)
+        q_at = query + first_query * query_stride + head * query_head_stride
+        gradient_at = gradient + first_query * gradient_stride + head * gradient_head_stride
+        sums_at = log_sum_exp + head.to(tl.int64) * queries + query_start
+        means_at = means + head.to(tl.int64) * queries + query_start
+        words_at = query_words + first_query * HEADS + head
+        mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
+        key_word = number
+        if DROPOUT:
+            key_word = tl.load(key_words + start + number, mask=number < end - start, other=0)
+        of_key = tl.zeros([KEYS, KEY_PADDED], tl.float32)
+        of_value = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
+        peeled = count // QUERIES * QUERIES
+        for at in tl.range(0, peeled, QUERIES, num_stages=STAGES):
+            of_key, of_value = _add_key_gradients(
+                k, v, k_at, v_at, gradient_at, q_at, sums_at, means_at, words_at, mask_at, key_stride, value_stride,
+                gradient_stride, query_stride, mask_query_stride, at, count, number, end - start, key_word, limit,
+                scale * LOG2_E, kept, of_key, of_value, HEADS, QUERIES, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH,
+                VALUE_PADDED, MASK, DROPOUT, PRECISION, CHUNK, False,
             )  # fmt: skip
-            v = load_rows(
-                value + first * value_stride + head * value_head_stride, number, end - start, value_stride,
-                VALUE_WIDTH, VALUE_PADDED, True,
+        if peeled < count:
+            of_key, of_value = _add_key_gradients(
+                k, v, k_at, v_at, gradient_at, q_at, sums_at, means_at, words_at, mask_at, key_stride, value_stride,
+                gradient_stride, query_stride, mask_query_stride, peeled, count, number, end - start, key_word, limit,
+                scale * LOG2_E, kept, of_key, of_value, HEADS, QUERIES, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH,
+                VALUE_PADDED, MASK, DROPOUT, PRECISION, CHUNK, True,
             )  # fmt: skip
-            q_at = query + first_query * query_stride + head * query_head_stride
-            gradient_at = gradient + first_query * gradient_stride + head * gradient_head_stride
-            sums_at = log_sum_exp + head.to(tl.int64) * queries + query_start
-            means_at = means + head.to(tl.int64) * queries + query_start
-            words_at = query_words + first_query * HEADS + head
-            mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
-            key_word = number
-            if DROPOUT:
-                key_word = tl.load(key_words + start + number, mask=number < end - start, other=0)
-            of_key = tl.zeros([KEYS, KEY_PADDED], tl.float32)
-            of_value = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
-            peeled = count // QUERIES * QUERIES
-            for at in tl.range(0, peeled, QUERIES, num_stages=STAGES):
-                of_key, of_value = _add_key_gradients(
-                    k, v, gradient_at, q_at, sums_at, means_at, words_at, mask_at, gradient_stride, query_stride,
-                    mask_query_stride, mask_key_stride, at, count, number, end - start, key_word, limit,
-                    scale * LOG2_E, kept, of_key, of_value, HEADS, QUERIES, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH,
-                    VALUE_PADDED, MASK, DROPOUT, PRECISION, False,
-                )  # fmt: skip
-            if peeled < count:
-                of_key, of_value = _add_key_gradients(
-                    k, v, gradient_at, q_at, sums_at, means_at, words_at, mask_at, gradient_stride, query_stride,
-                    mask_query_stride, mask_key_stride, peeled, count, number, end - start, key_word, limit,
-                    scale * LOG2_E, kept, of_key, of_value, HEADS, QUERIES, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH,
-                    VALUE_PADDED, MASK, DROPOUT, PRECISION, True,
-                )  # fmt: skip
-            store_rows(
-                key_gradient + (first * HEADS + head) * KEY_WIDTH, number, end - start, HEADS * KEY_WIDTH,
-                of_key * scale, KEY_WIDTH, KEY_PADDED,
-            )  # fmt: skip
-            store_rows(
-                value_gradient + (first * HEADS + head) * VALUE_WIDTH, number, end - start, HEADS * VALUE_WIDTH,
-                of_value / kept, VALUE_WIDTH, VALUE_PADDED,
-            )  # fmt: skip
+        store_rows(
+            key_gradient + (first * HEADS + head) * KEY_WIDTH, number, end - start, HEADS * KEY_WIDTH,
+            of_key * scale, KEY_WIDTH, KEY_PADDED,
+        )  # fmt: skip
+        store_rows(
+            value_gradient + (first * HEADS + head) * VALUE_WIDTH, number, end - start, HEADS * VALUE_WIDTH,
+            of_value / kept, VALUE_WIDTH, VALUE_PADDED,
+        )  # fmt: skip

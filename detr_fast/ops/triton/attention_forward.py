@@ -19,25 +19,27 @@ from detr_fast.ops.triton.tiles import (
     load_rows,
     masked,
     place_of,
+    product,
     segment_of,
     store_rows,
 )
 
 # Numbers that change from batch to batch: a kernel is not compiled anew for them.
-COUNTS = ["images", "queries", "keys", "tiles", "splits", "split_stride"]
+COUNTS = ["images", "queries", "keys", "splits", "limit"]
 
 
 @triton.jit
 def _attend(
     q,  # [QUERIES, KEY_PADDED]
+    query,
     key,
     value,
     words,
     mask,
+    query_stride,
     key_stride,
     value_stride,
     mask_query_stride,
-    mask_key_stride,
     start,
     end,
     query_number,  # [QUERIES] in the image
@@ -56,16 +58,18 @@ def _attend(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Running maximum, sum of weights and unnormalised output after one more block of keys."""
     number = start + tl.arange(0, KEYS)
-    k = load_rows(key, number, end, key_stride, KEY_WIDTH, KEY_PADDED, PART)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    score = product(
+        q, query, query_number, query_end, query_stride, key, number, end, key_stride, KEY_WIDTH, KEY_PADDED, CHUNK,
+        PRECISION, True, PART,
+    )  # fmt: skip
     if MASK != "none":
         score = masked(
-            score * scale, mask, query_number[:, None], query_end, mask_query_stride, number[None, :], end,
-            mask_key_stride, MASK,
+            score * scale, mask, query_number[:, None], query_end, mask_query_stride, number[None, :], end, MASK
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(score, 1))
         # A row without any key so far: its weights are 0, not NaN.
@@ -109,11 +113,9 @@ def forward(
     mask_image_stride,
     mask_head_stride,
     mask_query_stride,
-    mask_key_stride,
     images,
     queries,  # N
     keys,  # M, unused here
-    tiles,  # at least as many as there are
     splits,
     scale,
     limit,
@@ -129,58 +131,57 @@ def forward(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     power = scale * LOG2_E
     before, blocks = first_tiles(query_offsets, key_offsets, images, queries, QUERIES, IMAGES)
-    for work in range(tl.program_id(0), tiles * HEADS * splits, tl.num_programs(0)):
-        split, head = work % splits, work // splits % HEADS
-        image, block = place_of(work // splits // HEADS, before, blocks, IMAGES)
-        if image >= 0:
-            start, end = segment_of(image, query_offsets, images, queries)
-            number = block * QUERIES + tl.arange(0, QUERIES)
-            first_key = 0
-            last_key = 0
-            key_start = 0
-            if image < images:
-                key_start, key_end = segment_of(image, key_offsets, images, keys)
-                share = tl.cdiv(tl.cdiv(key_end - key_start, KEYS), splits) * KEYS
-                first_key = tl.minimum(split * share, key_end - key_start)
-                last_key = tl.minimum(first_key + share, key_end - key_start)
-            q = load_rows(
-                query + start.to(tl.int64) * query_stride + head * query_head_stride, number, end - start,
-                query_stride, KEY_WIDTH, KEY_PADDED, True,
+    work = tl.program_id(0)
+    split, head = work % splits, work // splits % HEADS
+    image, block = place_of(work // splits // HEADS, before, blocks, IMAGES)
+    if image >= 0:
+        start, end = segment_of(image, query_offsets, images, queries)
+        number = block * QUERIES + tl.arange(0, QUERIES)
+        first_key = 0
+        last_key = 0
+        key_start = 0
+        if image < images:
+            key_start, key_end = segment_of(image, key_offsets, images, keys)
+            share = tl.cdiv(tl.cdiv(key_end - key_start, KEYS), splits) * KEYS
+            first_key = tl.minimum(split * share, key_end - key_start)
+            last_key = tl.minimum(first_key + share, key_end - key_start)
+        q_at = query + start.to(tl.int64) * query_stride + head * query_head_stride
+        q = load_rows(q_at, number, end - start, query_stride, KEY_WIDTH, KEY_PADDED, True)
+        k_at = key + key_start.to(tl.int64) * key_stride + head * key_head_stride
+        v_at = value + key_start.to(tl.int64) * value_stride + head * value_head_stride
+        mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
+        query_word = number
+        if DROPOUT:
+            query_word = tl.load(query_words + (start + number) * HEADS + head, mask=number < end - start, other=0)
+        top = tl.full([QUERIES], -float("inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        sums = tl.zeros([QUERIES, VALUE_PADDED], tl.float32)
+        peeled = first_key + (last_key - first_key) // KEYS * KEYS
+        for at in tl.range(first_key, peeled, KEYS, num_stages=STAGES):
+            top, total, sums = _attend(
+                q, q_at, k_at, v_at, key_words + key_start, mask_at, query_stride, key_stride, value_stride,
+                mask_query_stride, at, last_key, number, end - start, query_word, limit, power, top, total, sums,
+                KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED, MASK, DROPOUT, PRECISION, CHUNK, False,
             )  # fmt: skip
-            k_at = key + key_start.to(tl.int64) * key_stride + head * key_head_stride
-            v_at = value + key_start.to(tl.int64) * value_stride + head * value_head_stride
-            mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
-            query_word = number
-            if DROPOUT:
-                query_word = tl.load(query_words + (start + number) * HEADS + head, mask=number < end - start, other=0)
-            top = tl.full([QUERIES], -float("inf"), tl.float32)
-            total = tl.zeros([QUERIES], tl.float32)
-            sums = tl.zeros([QUERIES, VALUE_PADDED], tl.float32)
-            peeled = first_key + (last_key - first_key) // KEYS * KEYS
-            for at in tl.range(first_key, peeled, KEYS, num_stages=STAGES):
-                top, total, sums = _attend(
-                    q, k_at, v_at, key_words + key_start, mask_at, key_stride, value_stride, mask_query_stride,
-                    mask_key_stride, at, last_key, number, end - start, query_word, limit, power, top, total, sums,
-                    KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED, MASK, DROPOUT, PRECISION, False,
-                )  # fmt: skip
-            if peeled < last_key:
-                top, total, sums = _attend(
-                    q, k_at, v_at, key_words + key_start, mask_at, key_stride, value_stride, mask_query_stride,
-                    mask_key_stride, peeled, last_key, number, end - start, query_word, limit, power, top, total, sums,
-                    KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED, MASK, DROPOUT, PRECISION, True,
-                )  # fmt: skip
-            sums = tl.where(total[:, None] == 0, 0.0, sums / (total * kept)[:, None])
-            row = split * queries + start
-            store_rows(
-                output + (row.to(tl.int64) * HEADS + head) * VALUE_WIDTH, number, end - start, HEADS * VALUE_WIDTH,
-                sums, VALUE_WIDTH, VALUE_PADDED,
+        if peeled < last_key:
+            top, total, sums = _attend(
+                q, q_at, k_at, v_at, key_words + key_start, mask_at, query_stride, key_stride, value_stride,
+                mask_query_stride, peeled, last_key, number, end - start, query_word, limit, power, top, total, sums,
+                KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED, MASK, DROPOUT, PRECISION, CHUNK, True,
             )  # fmt: skip
-            row = (split * HEADS + head).to(tl.int64) * queries + start
-            tl.store(log_sum_exp + row + number, (top + tl.log2(total)) * LN_2, mask=number < end - start)
+        sums = tl.where(total[:, None] == 0, 0.0, sums / (total * kept)[:, None])
+        row = split * queries + start
+        store_rows(
+            output + (row.to(tl.int64) * HEADS + head) * VALUE_WIDTH, number, end - start, HEADS * VALUE_WIDTH,
+            sums, VALUE_WIDTH, VALUE_PADDED,
+        )  # fmt: skip
+        row = (split * HEADS + head).to(tl.int64) * queries + start
+        tl.store(log_sum_exp + row + number, (top + tl.log2(total)) * LN_2, mask=number < end - start)
 
 
 @triton.jit(do_not_specialize=["queries", "splits"])

@@ -27,41 +27,60 @@ class Tiles:
     keys: int
     warps: int
     stages: int
-    resident: int = 1  # programs that one multiprocessor is given
+    chunk: int = 128  # columns of a head that are multiplied at a time
 
 
-# By bytes of an element and by the wider of the two head widths, padded. The first of each is used where nothing may be
-# timed: while a CUDA graph is captured, and with torch.use_deterministic_algorithms.
-CANDIDATES: dict[str, dict[tuple[int, int], tuple[Tiles, ...]]] = {
+# By how products are computed ("half" for both half types, "masked" for them with a mask, else PyTorch's name) and by the
+# wider head, padded. The first of each is used where nothing may be timed: while a CUDA graph is captured, and with
+# torch.use_deterministic_algorithms.
+CANDIDATES: dict[str, dict[tuple[str, int], tuple[Tiles, ...]]] = {
     "forward": {
-        (2, 32): (Tiles(64, 128, 4, 2, 3), Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3, 2), Tiles(64, 64, 4, 3, 4)),
-        (2, 64): (Tiles(64, 128, 4, 2, 2), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3, 3)),
-        (2, 128): (Tiles(64, 64, 4, 2, 2), Tiles(128, 64, 8, 2)),
-        (4, 32): (Tiles(64, 32, 4, 2, 3), Tiles(32, 32, 4, 2, 4)),
-        (4, 64): (Tiles(32, 32, 4, 2, 3), Tiles(64, 32, 4, 2, 2)),
-        (4, 128): (Tiles(32, 32, 4, 1, 2),),
+        ("half", 32): (Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3)),
+        ("half", 64): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+        ("half", 128): (Tiles(64, 64, 8, 2, chunk=64), Tiles(64, 32, 4, 2, chunk=32)),
+        ("masked", 32): (Tiles(64, 32, 4, 2),),
+        ("masked", 64): (Tiles(64, 32, 8, 2),),
+        ("masked", 128): (Tiles(32, 32, 8, 1, chunk=64),),
+        ("tf32", 32): (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2)),
+        ("tf32", 64): (Tiles(64, 32, 4, 2, chunk=32),),
+        ("tf32", 128): (Tiles(64, 32, 8, 1, chunk=32),),
+        ("ieee", 32): (Tiles(32, 32, 8, 1, chunk=16),),
+        ("ieee", 64): (Tiles(32, 32, 8, 1, chunk=16),),
+        ("ieee", 128): (Tiles(32, 32, 8, 1, chunk=16),),
     },
     "backward_of_queries": {
-        (2, 32): (Tiles(64, 64, 4, 3, 3), Tiles(128, 64, 8, 2, 1), Tiles(64, 128, 4, 2, 2)),
-        (2, 64): (Tiles(64, 64, 4, 2, 2), Tiles(128, 64, 8, 2)),
-        (2, 128): (Tiles(64, 32, 4, 2, 2), Tiles(64, 64, 4, 2)),
-        (4, 32): (Tiles(32, 32, 4, 2, 3), Tiles(64, 32, 4, 2, 2)),
-        (4, 64): (Tiles(32, 32, 4, 1, 2),),
-        (4, 128): (Tiles(16, 32, 4, 1, 2),),
+        ("half", 32): (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 4, 2)),
+        ("half", 64): (Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)),
+        ("half", 128): (Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 2, chunk=32)),
+        ("masked", 32): (Tiles(64, 32, 4, 2),),
+        ("masked", 64): (Tiles(64, 32, 8, 2),),
+        ("masked", 128): (Tiles(32, 32, 8, 1, chunk=64),),
+        ("tf32", 32): (Tiles(64, 32, 4, 2),),
+        ("tf32", 64): (Tiles(32, 32, 4, 1, chunk=32),),
+        ("tf32", 128): (Tiles(32, 32, 8, 1, chunk=64),),
+        ("ieee", 32): (Tiles(64, 32, 8, 1, chunk=16),),
+        ("ieee", 64): (Tiles(32, 32, 8, 1, chunk=16),),
+        ("ieee", 128): (Tiles(32, 32, 8, 1, chunk=16),),
     },
     "backward_of_keys": {
-        (2, 32): (Tiles(64, 64, 4, 3, 2), Tiles(64, 128, 8, 2), Tiles(32, 128, 4, 2, 2)),
-        (2, 64): (Tiles(64, 64, 4, 2, 2), Tiles(64, 128, 8, 2)),
-        (2, 128): (Tiles(32, 64, 4, 2), Tiles(64, 64, 8, 2)),
-        (4, 32): (Tiles(32, 32, 4, 2, 3), Tiles(32, 64, 4, 2, 2)),
-        (4, 64): (Tiles(32, 32, 4, 1, 2),),
-        (4, 128): (Tiles(32, 16, 4, 1, 2),),
+        ("half", 32): (Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2)),
+        ("half", 64): (Tiles(32, 64, 4, 2),),
+        ("half", 128): (Tiles(32, 32, 8, 2, chunk=64),),
+        ("masked", 32): (Tiles(32, 32, 4, 2),),
+        ("masked", 64): (Tiles(64, 32, 8, 2),),
+        ("masked", 128): (Tiles(32, 32, 8, 1, chunk=64),),
+        ("tf32", 32): (Tiles(32, 64, 4, 2),),
+        ("tf32", 64): (Tiles(32, 32, 4, 1, chunk=32),),
+        ("tf32", 128): (Tiles(32, 32, 8, 1, chunk=32),),
+        ("ieee", 32): (Tiles(64, 32, 8, 1, chunk=16),),
+        ("ieee", 64): (Tiles(32, 32, 8, 1, chunk=16),),
+        ("ieee", 128): (Tiles(32, 32, 8, 1, chunk=16),),
     },
 }
 
 
-def candidates(kernel: str, element_size: int, width: int) -> tuple[Tiles, ...]:
-    return CANDIDATES[kernel][min(element_size, 4), max(32, triton.next_power_of_2(width))]
+def candidates(kernel: str, products: str, width: int) -> tuple[Tiles, ...]:
+    return CANDIDATES[kernel][products, max(32, triton.next_power_of_2(width))]
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,7 @@ class ShapeClass:
     heads: int
     mask: str
     dropout: bool
-    precision: str
+    products: str
     images: int
     longest_query: int
     longest_key: int
@@ -119,10 +138,10 @@ def _file(device_name: str) -> Path:
 
 
 def _read(file: Path) -> dict[str, dict[str, int]]:
-    """Empty where there is no file, or one that a crash of the machine left unreadable."""
+    """Empty where there is no file that can be read; what is found is then written anew, or said to be lost."""
     try:
         content = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -76,6 +76,49 @@ def load_rows(at, row, end, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr, P
 
 
 @triton.jit
+def product(
+    a,  # [rows, PADDED]
+    a_at,
+    a_row,  # [rows] of a in memory
+    a_end,
+    a_stride,
+    b_at,
+    b_row,  # [columns] of b in memory
+    b_end,
+    b_stride,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    A_PART: tl.constexpr,
+    B_PART: tl.constexpr,
+):
+    """``a b^T``. With CHUNK below PADDED, a few columns at a time of both, read where they are needed.
+
+    That is for float32 in full precision, where a thread holds whole rows of both operands and wide ones do not fit.
+    """
+    if CHUNK >= PADDED:
+        b = load_rows(b_at, b_row, b_end, b_stride, WIDTH, PADDED, B_PART)
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    sums = tl.zeros([a_row.shape[0], b_row.shape[0]], tl.float32)
+    for start in tl.range(0, PADDED, CHUNK, num_stages=1, loop_unroll_factor=1):
+        left = load_columns(a_at, a_row, a_end, a_stride, start, WIDTH, CHUNK, A_PART)
+        right = load_columns(b_at, b_row, b_end, b_stride, start, WIDTH, CHUNK, B_PART)
+        sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def load_columns(at, row, end, stride, start, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr):
+    """``[row, CHUNK]`` from column `start` on; zero as in `load_rows`."""
+    column = start + tl.arange(0, CHUNK)
+    pointer = at + row[:, None] * stride + column[None, :]
+    if PART:
+        return tl.load(pointer, mask=(row[:, None] < end) & (column[None, :] < WIDTH), other=0.0)
+    return tl.load(pointer, mask=column[None, :] < WIDTH, other=0.0)
+
+
+@triton.jit
 def store_rows(at, row, end, stride, x, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     column = tl.arange(0, PADDED)
     inside = (row[:, None] < end) & (column[None, :] < WIDTH)
@@ -90,10 +133,10 @@ def load_numbers(at, row, end, other, PART: tl.constexpr):
 
 
 @triton.jit
-def masked(score, mask, row, row_end, row_stride, column, column_end, column_stride, KIND: tl.constexpr):
+def masked(score, mask, row, row_end, row_stride, column, column_end, KIND: tl.constexpr):
     """Scores (in powers of two) of pairs that may attend, minus infinity for the others."""
     inside = (row < row_end) & (column < column_end)
-    pointer = mask + row.to(tl.int64) * row_stride + column * column_stride
+    pointer = mask + row * row_stride + column
     if KIND == "boolean":
         return tl.where(tl.load(pointer, mask=inside, other=0) != 0, score, -float("inf"))
     return score + tl.load(pointer, mask=inside, other=-float("inf")).to(tl.float32) * LOG2_E
