@@ -62,7 +62,23 @@ class Within:
         return f"{self.ours} <= {self.microseconds:g} us: {found:.4g} us", found <= self.microseconds
 
 
-Bar = Faster | Within
+@dataclass(frozen=True)
+class Smaller:
+    """Ours must need at most a `by`-th of another provider's memory."""
+
+    than: str
+    by: float
+    ours: str = OURS
+
+    def judge(self, megabytes: dict[str, float]) -> tuple[str, bool] | None:
+        if not {self.than, self.ours} <= set(megabytes):
+            return None
+        ours, theirs = megabytes[self.ours], megabytes[self.than]
+        found = f"{ours:.4g} MB, {theirs:.4g} MB"
+        return f"memory of {self.ours} <= 1/{self.by:g} of {self.than}: {found}", ours * self.by <= theirs
+
+
+Bar = Faster | Within | Smaller
 
 
 @dataclass(frozen=True)

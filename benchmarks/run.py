@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, ptx, results, sass
-from benchmarks.harness import OURS, Benchmark, LocalSampler, Options, Sampler, Timing, measure
+from benchmarks.harness import OURS, Benchmark, LocalSampler, Options, Sampler, Smaller, Timing, measure
 from benchmarks.other_revision import OtherRevision
 
 TIMED = ("assignment", "matching", "criterion", "attention", "transformer", "model", "train_step")
@@ -98,8 +98,9 @@ class Run:
         print(f"\n{case}: {benchmark.axis} = {benchmark.value}")
         print(table(timings))
         microseconds = {name: timing.median for name, timing in timings.items()}
+        megabytes = {name: timing.peak_mb for name, timing in timings.items() if timing.peak_mb is not None}
         for bar in () if self.options.quick else benchmark.bars:
-            judged = bar.judge(microseconds)
+            judged = bar.judge(megabytes if isinstance(bar, Smaller) else microseconds)
             if judged is not None:
                 text, holds = judged
                 print(f"  {'holds' if holds else 'SHORT'}  {text}")

@@ -54,6 +54,19 @@ def coco_like_counts(images: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).geometric(1 / 7, images).clip(max=63).tolist()
 
 
+def training_sizes(images: int, seed: int = 0) -> tuple[tuple[int, int], ...]:
+    """Heights and widths as DETR trains on: COCO's commonest shapes, shorter side 480 to 800, longer at most 1333."""
+    random = np.random.default_rng(seed)
+    shapes = [(480, 640), (427, 640), (640, 480), (640, 427), (375, 500), (640, 640), (360, 640)]
+    found = []
+    for shape in random.choice(len(shapes), images, p=[0.38, 0.27, 0.14, 0.08, 0.06, 0.04, 0.03]):
+        short, long = sorted(shapes[shape])
+        scale = min(random.choice(np.arange(480, 801, 32)) / short, 1333 / long)
+        height, width = shapes[shape]
+        found.append((round(height * scale), round(width * scale)))
+    return tuple(found)
+
+
 def costs(kind: Kind, problems: int, queries: int, targets: int, seed: int = 0) -> Tensor:
     """Matching costs ``[problems, targets, queries]`` float32 of images with equally many targets."""
     made = scene(kind, [targets] * problems, queries, seed=seed)

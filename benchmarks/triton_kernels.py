@@ -115,7 +115,9 @@ def compiled(case: Case) -> Compiled:
     length = main_loop(made.asm["cubin"], case)
     threads = 32 * case.cut.warps
     per_score = length * threads / (case.cut.queries * case.cut.keys)
-    return Compiled(case.name, case.architecture, found.registers, found.stack, made.metadata.shared, round(per_score, 2))
+    return Compiled(
+        case.name, case.architecture, found.registers, found.stack, made.metadata.shared, round(per_score, 2)
+    )
 
 
 def _type(name: str, case: Case) -> str:
@@ -162,7 +164,10 @@ def recorded() -> dict[tuple[str, int], Compiled]:
     with RECORDED.open(newline="") as file:
         for row in csv.DictReader(file):
             if row.pop("triton") == triton.__version__:
-                numbers = {x.name: float(row[x.name]) if x.name == "per_score" else int(row[x.name]) for x in fields(Compiled)[1:]}
+                numbers = {
+                    x.name: float(row[x.name]) if x.name == "per_score" else int(row[x.name])
+                    for x in fields(Compiled)[1:]
+                }
                 found[row["name"], int(row["architecture"])] = Compiled(row["name"], **numbers)  # type: ignore[arg-type]
     return found
 

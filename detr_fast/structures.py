@@ -69,6 +69,24 @@ class Tokens:
     offsets: Tensor  # [B + 1] int32, tokens of image b are offsets[b]:offsets[b + 1]
     max_count: int  # most tokens of one image, known on the host
 
+    def with_capacity(self, capacity: int, max_count: int) -> Tokens:
+        """The same tokens in tensors whose shapes do not change from batch to batch, as a CUDA graph needs them.
+
+        Room for `capacity` tokens in all and `max_count` in one image. Rows past the last offset are zero; nothing
+        attends to them, and what becomes of them is meaningless.
+
+        Raises:
+            ValueError: there are more tokens than that.
+        """
+        spare = capacity - len(self.content)
+        if spare < 0 or max_count < self.max_count:
+            raise ValueError(
+                f"Tokens.with_capacity: tokens must be at most {capacity}, {max_count} in one image, got "
+                f"{len(self.content)} and {self.max_count}"
+            )
+        content, position = (F.pad(x, (0, 0, 0, spare)) for x in (self.content, self.position))
+        return Tokens(content, position, self.offsets, max_count)
+
 
 @dataclass(frozen=True)
 class Predictions:

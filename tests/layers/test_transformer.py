@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from detr_fast.layers.attention import MultiheadAttention
 from detr_fast.layers.transformer import DecoderLayer, EncoderLayer, Transformer
@@ -98,18 +99,114 @@ def test_positions_are_added_where_tokens_are_compared_only(pre_norm: bool) -> N
     torch.testing.assert_close(layer(memory).content, x)
 
 
+def alone(memory: Tokens, queries: Tokens, counts: tuple[int, ...], image: int) -> tuple[Tokens, Tokens]:
+    """One image of a batch."""
+    content, position = (x.split(counts)[image] for x in (memory.content, memory.position))
+    own = slice(image * QUERIES, (image + 1) * QUERIES)
+    asked = Tokens(queries.content[own], queries.position[own], offsets_of([QUERIES]), QUERIES)
+    return Tokens(content, position, offsets_of([counts[image]]), counts[image]), asked
+
+
 def test_an_image_does_not_depend_on_its_neighbours() -> None:
     """In float64, to its rounding: matrix products of other sizes may sum in another order."""
     transformer = randomised(Transformer(WIDTH, HEADS, 2, 2, HIDDEN))
     memory, queries = tokens(), tokens((QUERIES,) * 3, 1)
     together, _ = transformer(memory, queries)
-    for image, (part, query) in enumerate(
-        zip(zip(memory.content.split(COUNTS), memory.position.split(COUNTS), strict=True), range(3), strict=True)
-    ):
-        own = slice(query * QUERIES, (query + 1) * QUERIES)
-        alone = Tokens(*part, offsets_of([COUNTS[image]]), COUNTS[image])
-        asked = Tokens(queries.content[own], queries.position[own], offsets_of([QUERIES]), QUERIES)
-        torch.testing.assert_close(transformer(alone, asked)[0], together[:, own], rtol=1e-12, atol=1e-12)
+    for image in range(3):
+        own = slice(image * QUERIES, (image + 1) * QUERIES)
+        found, _ = transformer(*alone(memory, queries, COUNTS, image))
+        torch.testing.assert_close(found, together[:, own], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("others", [(7, 300), (64, 1), (5, 5)], ids=str)
+def test_the_bits_of_an_image_do_not_depend_on_its_neighbours(others: tuple[int, int]) -> None:
+    """Same number of tokens in all, hence the same matrix products: other images in the batch change nothing."""
+    transformer = randomised(Transformer(WIDTH, HEADS, 2, 2, HIDDEN)).float()
+    counts = (40, *others, 400 - 40 - sum(others))
+    memory, queries = tokens(counts), tokens((QUERIES,) * 4, 1)
+    other = tokens(counts, seed=7)
+    content, position = (
+        torch.cat([a[: counts[0]], b[counts[0] :]]).float()
+        for a, b in ((memory.content, other.content), (memory.position, other.position))
+    )
+    queries = Tokens(queries.content.float(), queries.position.float(), queries.offsets, QUERIES)
+    results = [
+        transformer(Tokens(*x, memory.offsets, memory.max_count), queries)[0][:, :QUERIES]
+        for x in ((memory.content.float(), memory.position.float()), (content, position))
+    ]
+    assert torch.equal(*results)
+
+
+def test_room_for_more_tokens_changes_nothing() -> None:
+    """As for a CUDA graph: static shapes, and rows past the last offset that no result or gradient depends on."""
+    transformer = randomised(Transformer(WIDTH, HEADS, 2, 2, HIDDEN))
+    memory, queries = tokens(), tokens((QUERIES,) * 3, 1)
+    results = []
+    for given in (memory, memory.with_capacity(40, 20)):
+        transformer.zero_grad()
+        decoded, _ = transformer(given, queries)
+        decoded.square().sum().backward()
+        results.append([decoded.detach(), *(parameter.grad.clone() for parameter in transformer.parameters())])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("limits", [(14, 20), (40, 8)])
+def test_too_little_room_is_an_error(limits: tuple[int, int]) -> None:
+    message = f"tokens must be at most {limits[0]}, {limits[1]} in one image, got 15 and 9"
+    with pytest.raises(ValueError, match=message):
+        tokens().with_capacity(*limits)
+
+
+def test_activation_checkpointing_recomputes_the_same_dropout() -> None:
+    layer = randomised(EncoderLayer(WIDTH, HEADS, HIDDEN, dropout=0.3)).train()
+    results = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        layer.zero_grad()
+        torch.manual_seed(2)
+        run(tokens()).content.square().sum().backward()
+        results.append([parameter.grad.clone() for parameter in layer.parameters()])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_autocast_computes_products_and_attention_in_the_half_type() -> None:
+    transformer = randomised(Transformer(WIDTH, HEADS, 1, 1, HIDDEN)).float()
+    float32 = [
+        Tokens(x.content.float(), x.position.float(), x.offsets, x.max_count)
+        for x in (tokens(), tokens((QUERIES,) * 3, 1))
+    ]
+    expected, _ = transformer(*float32)
+    seen = []
+    handle = transformer.encoder.layers[0].self_attn.out_proj.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].dtype)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = transformer(*float32)
+    handle.remove()
+    assert seen == [torch.bfloat16]
+    # Norms end each of the five sublayers, whose inputs and outputs are rounded a few times each.
+    limit = 30 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=limit * float(expected.detach().abs().max()))
+    found.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in transformer.parameters())
+
+
+def test_compiles_the_whole_transformer_once_for_all_batches() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    transformer = randomised(Transformer(WIDTH, HEADS, 1, 1, HIDDEN))
+    compiled = torch.compile(transformer, backend=keep_graph, fullgraph=True, dynamic=True)
+    queries = tokens((QUERIES,) * 3, 1)
+    # No number twice: dimensions that are equal at first are taken to be equal always.
+    for counts in ((5, 10, 2), (30, 4, 11), (7, 7, 8)):
+        expected, _ = transformer(tokens(counts), queries)
+        torch.testing.assert_close(compiled(tokens(counts), queries)[0], expected)
+    assert len(graphs) == 1
 
 
 def test_layers_that_are_returned() -> None:

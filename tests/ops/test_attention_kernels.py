@@ -105,9 +105,7 @@ class Problem:
     def computed(self, cut: Tiles | None = SMALL, splits: int | None = None) -> list[Tensor]:
         inputs = self.query, self.key, self.value
         output, sums = kernels.forward(*inputs, *self.rest, cut=cut, splits=splits)
-        gradients = kernels.backward(
-            self.gradient, *inputs, output, sums, *self.rest, cuts=(cut, cut), splits=splits
-        )
+        gradients = kernels.backward(self.gradient, *inputs, output, sums, *self.rest, cuts=(cut, cut), splits=splits)
         return [output, sums, *gradients]
 
 
@@ -279,9 +277,7 @@ def test_compiles() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_a_transformer_on_these_kernels_is_the_one_on_the_cpu(
-    request: pytest.FixtureRequest, training: bool
-) -> None:
+def test_a_transformer_on_these_kernels_is_the_one_on_the_cpu(request: pytest.FixtureRequest, training: bool) -> None:
     """Dropout of attention weights included: the same seed drops the same weights everywhere."""
     counts, queries = (40, 7), 10
     torch.manual_seed(0)

@@ -148,7 +148,10 @@ def forward(*inputs: Any, cut: Tiles | None = None, splits: int | None = None) -
         parts = splits or problem.splits(cut)
         partial = (output, log_sum_exp)
         if parts > 1:
-            partial = (output.new_empty((parts, *output.shape), dtype=torch.float32), log_sum_exp.new_empty(parts, heads, count))
+            partial = (
+                output.new_empty((parts, *output.shape), dtype=torch.float32),
+                log_sum_exp.new_empty(parts, heads, count),
+            )
         _launch(
             attention_forward.forward, cut, count, cut.queries, problem, parts,
             query=problem.query, key=problem.key, value=problem.value, output=partial[0], log_sum_exp=partial[1],
