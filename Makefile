@@ -22,7 +22,10 @@ lint: .venv/installed-dev
 	$(BIN)/python -m benchmarks.tables --check README.md
 
 bench: .venv/installed-bench
-	$(BIN)/python -m benchmarks.run assignment matching criterion model
+	$(BIN)/python -m benchmarks.run assignment matching criterion attention transformer model
+
+# One version of Triton, whose kernels the tests interpret and compile: a CPU build of PyTorch brings none.
+TRITON := triton==3.8.0
 
 # One version of PyTorch for everybody who develops; the package itself takes any from 2.11 on.
 .venv/torch:
@@ -35,7 +38,7 @@ bench: .venv/installed-bench
 	touch $@
 
 .venv/installed-%: .venv/installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]" $(TRITON)
 	touch $@
 
 clean:

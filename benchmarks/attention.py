@@ -1,4 +1,4 @@
-"""Attention of DETR at the sizes it trains on: ours on packed tokens against eager, SDPA with a mask and FlashAttention.
+"""Attention of DETR at the sizes it trains on: ours on packed tokens against eager, SDPA with a mask, FlashAttention.
 
 The padded rivals get what their users have: a batch padded to its largest image, with a key-padding mask.
 """
@@ -131,7 +131,7 @@ def forward_and_backward(inputs: Inputs, case: Case) -> Benchmark:
 
         return step
 
-    providers: dict[str, Callable[[], list[Tensor]]] = {
+    providers: dict[str, Callable[[], object]] = {
         **with_graph(packed(lambda q, k, v: attention(q, k, v, *inputs.offsets, *inputs.most)), device),
         "eager": padded(lambda q, k, v: _eager(q, k, v, inputs.mask)),
         "sdpa": padded(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask)),
@@ -178,7 +178,12 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def _varlen(inputs: Inputs) -> Callable[..., Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return lambda q, k, v: varlen_attn(q, k, v, *inputs.offsets, *inputs.most)
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found = varlen_attn(query, key, value, *inputs.offsets, *inputs.most)
+        assert isinstance(found, Tensor)
+        return found
+
+    return run
 
 
 class Check:
@@ -190,8 +195,8 @@ class Check:
         self.roundings = max(inputs.most) ** 0.5
         results = []
         for dtype in (torch.float64, inputs.gradient.dtype):
-            leaves = [x.detach().to(dtype).requires_grad_() for x in inputs.packed]
-            output, _ = attention_reference(*leaves, *inputs.offsets)
+            leaves = query, key, value = [x.detach().to(dtype).requires_grad_() for x in inputs.packed]
+            output, _ = attention_reference(query, key, value, *inputs.offsets)
             gradients = torch.autograd.grad(output, leaves, inputs.gradient.to(dtype))
             results.append([output.detach(), *gradients])
         self.exact, own = results
@@ -201,7 +206,7 @@ class Check:
     def __call__(self, provider: str, result: list[Tensor]) -> None:
         names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
         counts = (self.counts[0], self.counts[0], self.counts[1], self.counts[1])
-        for name, found, exact, allowed, count in zip(names, result, self.exact, self.allowed, counts):
+        for name, found, exact, allowed, count in zip(names, result, self.exact, self.allowed, counts, strict=True):
             if found.dim() == 4:
                 found = torch.cat([x[:, :n].transpose(0, 1) for x, n in zip(found, count, strict=True)])
             error = float((found.double() - exact).abs().max())

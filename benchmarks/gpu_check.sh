@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under ten minutes: build, tests, compute-sanitizer, benchmarks, traffic.
 #
-#   benchmarks/gpu_check.sh OUT
+#   benchmarks/gpu_check.sh OUT [STEPS]
 #
+# STEPS is an expression that the names of the steps must match ("build|attention"); all by default.
 # Needs nvcc and a Python (of .venv if there is one, else python3; or PYTHON=...) with a CUDA build of PyTorch, setuptools,
 # wheel, cmake, ninja, pybind11, numpy, scipy and pytest. Rivals that are not installed are left out: transformers,
 # torch-linear-assignment, lapx. Writes OUT/log.txt, OUT/tests.xml and the rows OUT/<gpu>.csv; commit the rows under
 # benchmarks/results/.
 set -euo pipefail
-if [ $# -ne 1 ]; then
-  echo "usage: benchmarks/gpu_check.sh OUT" >&2
+if [ $# -lt 1 ] || [ $# -gt 2 ]; then
+  echo "usage: benchmarks/gpu_check.sh OUT [STEPS]" >&2
   exit 2
 fi
 mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
+STEPS=${2:-.}
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 if ! $PYTHON -c "import torch; assert torch.cuda.is_available()" 2> /dev/null; then
@@ -31,6 +33,7 @@ failed=()
 step() {  # step NAME SECONDS COMMAND...: goes on whatever fails, and says so at the end
   local name=$1 limit=$2 start=$SECONDS
   shift 2
+  [[ $name =~ $STEPS ]] || return 0
   echo "=== $name"
   timeout "$limit" "$@" || failed+=("$name")
   echo "--- $name: $((SECONDS - start)) s"
@@ -38,12 +41,15 @@ step() {  # step NAME SECONDS COMMAND...: goes on whatever fails, and says so at
 
 main() {
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader
-  step build 120 $PYTHON -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
-  step tests 110 $PYTHON -m pytest -m gpu tests/gpu tests/test_structures.py -k "not sanitizer" --junitxml "$OUT/tests.xml"
+  step build 100 $PYTHON -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
+  step tests 90 $PYTHON -m pytest -m gpu tests/gpu tests/test_structures.py -k "not sanitizer" --junitxml "$OUT/tests.xml"
+  step attention-tests 90 $PYTHON -m pytest tests/ops/test_attention_kernels.py --junitxml "$OUT/attention-tests.xml"
+  step attention 80 $PYTHON -m benchmarks.run attention --device cuda --output "$CSV"
+  step transformer 40 $PYTHON -m benchmarks.run transformer --device cuda --output "$CSV"
   step criterion 40 $PYTHON -m benchmarks.run criterion --device cuda --output "$CSV"
-  step matching 90 $PYTHON -m benchmarks.run matching --device cuda --output "$CSV"
-  step assignment 110 $PYTHON -m benchmarks.run assignment --device cuda --output "$CSV"
-  step sanitizer 80 $PYTHON -m pytest -m gpu tests/gpu -k sanitizer
+  step matching 50 $PYTHON -m benchmarks.run matching --device cuda --output "$CSV"
+  step assignment 60 $PYTHON -m benchmarks.run assignment --device cuda --output "$CSV"
+  step sanitizer 70 $PYTHON -m pytest -m gpu tests/gpu -k sanitizer
   if command -v ncu > /dev/null; then
     step traffic 40 ncu --clock-control none --kernel-name-base function \
       --kernel-name regex:"matching_cost|assign|set_loss|scale_gradients" \

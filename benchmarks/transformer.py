@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from benchmarks.harness import Bar, Benchmark, DisagreementError, Faster, Options, Smaller
 from benchmarks.model import twins
 from benchmarks.scenes import training_sizes
-from detr_fast.layers.transformer import Transformer
 from detr_fast.structures import Tokens, offsets_of
 
 WIDTH, QUERIES = 256, 100
@@ -22,9 +21,10 @@ BARS: tuple[Bar, ...] = (Faster("transformers", 1.3),)
 def benchmarks(options: Options) -> Iterator[Benchmark]:
     ours, theirs = (model.to(options.device).train() for model in twins())
     stride = 128 if options.quick else 32
-    yield forward_and_backward(ours.transformer, theirs.model, Batch(4, stride, options.device), BARS)
+    packed, padded = ours.get_submodule("transformer"), theirs.get_submodule("model")
+    yield forward_and_backward(packed, padded, Batch(4, stride, options.device), BARS)
     if options.device.type == "cuda":
-        yield forward_and_backward(ours.transformer, theirs.model, Batch(8, 16, options.device), (Smaller("eager", 5),))
+        yield forward_and_backward(packed, padded, Batch(8, 16, options.device), (Smaller("eager", 5),))
 
 
 class Batch:
@@ -53,17 +53,20 @@ class Batch:
         return padded
 
 
-def forward_and_backward(ours: Transformer, theirs: Any, batch: Batch, bars: tuple[Bar, ...]) -> Benchmark:
+def forward_and_backward(ours: nn.Module, theirs: Any, batch: Batch, bars: tuple[Bar, ...]) -> Benchmark:
     """Decoded queries, and the gradients of locations and of one weight in the first layer."""
     query = theirs.query_position_embeddings.weight.detach()
     images = len(batch.counts)
 
-    def packed() -> list[Tensor]:
-        tokens = Tokens(batch.content, batch.position, batch.offsets, max(batch.counts))
-        position = query.repeat(images, 1)
-        queries = Tokens(torch.zeros_like(position), position, batch.query_offsets, QUERIES)
-        decoded, _ = ours(tokens, queries, every_layer=False)
-        return _results(ours, decoded[-1].unflatten(0, (images, QUERIES)), batch.content, batch.gradient)
+    def packed(transformer: Callable[..., Any]) -> Callable[[], list[Tensor]]:
+        def step() -> list[Tensor]:
+            tokens = Tokens(batch.content, batch.position, batch.offsets, max(batch.counts))
+            position = query.repeat(images, 1)
+            queries = Tokens(torch.zeros_like(position), position, batch.query_offsets, QUERIES)
+            decoded, _ = transformer(tokens, queries, every_layer=False)
+            return _results(ours, decoded[-1].unflatten(0, (images, QUERIES)), batch.content, batch.gradient)
+
+        return step
 
     def padded(implementation: str) -> Callable[[], list[Tensor]]:
         def step() -> list[Tensor]:
@@ -86,7 +89,7 @@ def forward_and_backward(ours: Transformer, theirs: Any, batch: Batch, bars: tup
 
         return step
 
-    own = packed()
+    own = packed(ours)()
 
     def check(provider: str, result: list[Tensor]) -> None:
         for name, found, expected in zip(("queries", "gradient"), result, own, strict=True):
@@ -102,7 +105,12 @@ def forward_and_backward(ours: Transformer, theirs: Any, batch: Batch, bars: tup
         case="encoder and decoder, forward and backward",
         axis="images x locations",
         value=f"{images} x {min(batch.counts)}-{max(batch.counts)}",
-        providers={"detr_fast": packed, "transformers": padded("eager"), "transformers, sdpa": padded("sdpa")},
+        providers={
+            "detr_fast": packed(ours),
+            "detr_fast, torch.compile": packed(torch.compile(ours, fullgraph=True, dynamic=True)),
+            "transformers": padded("eager"),
+            "transformers, sdpa": padded("sdpa"),
+        },
         check=check,
         bars=bars,
     )

@@ -1,7 +1,7 @@
 """What the compiler makes of the Triton kernels: registers, spills, shared memory, and instructions a score.
 
-``python -m benchmarks.run triton`` compiles them for GPUs that need not be there. `detr_fast/ops/triton/resources.csv` holds the
-numbers that a test compares, one set for each release of Triton.
+``python -m benchmarks.run triton`` compiles them for GPUs that need not be there. `detr_fast/ops/triton/resources.csv`
+holds the numbers that a test compares, one set for each release of Triton.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def compiled(case: Case) -> Compiled:
     made = triton.compile(
         source,
         target=GPUTarget("cuda", case.architecture, 32),
-        options={"num_warps": case.cut.warps, "num_stages": case.cut.stages},
+        options={"num_warps": case.cut.warps, "num_stages": case.cut.stages, "enable_fp_fusion": True},
     )
     (found,) = ptx.kernels_of(made.asm["cubin"])
     length = main_loop(made.asm["cubin"], case)
@@ -183,6 +183,15 @@ def record(found: list[Compiled]) -> None:
         writer = csv.DictWriter(file, ["triton", *(x.name for x in fields(Compiled))], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def stated() -> dict[str, str]:
+    """Kernels that `detr_fast/ops/triton/README.md` tells of: its titles, and their names here."""
+    titles = {"forward": "forward", "backward_of_queries": "backward, queries", "backward_of_keys": "backward, keys"}
+    names = {}
+    for case in cases(quick=True):
+        names[titles[case.kernel] + ", dropout" * case.dropout] = case.name
+    return names
 
 
 def report(found: list[Compiled]) -> str:

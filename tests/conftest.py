@@ -40,7 +40,7 @@ def emulator() -> ModuleType:
 
 @pytest.fixture
 def triton_attention() -> Iterator[None]:
-    """Attention of CPU tensors is computed by the Triton kernels, in Triton's interpreter, and so is all that uses it."""
+    """Attention of CPU tensors is computed by the interpreted Triton kernels, and so is all that uses it."""
     pytest.importorskip("triton")
     from detr_fast.ops.triton import attention
 

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lap", reason="needs the extra 'bench'")
 pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
 
-from benchmarks import criterion, plot, tables
+from benchmarks import attention, criterion, plot, tables
 from benchmarks.assignment import batch, require_optimal
 from benchmarks.harness import (
     Benchmark,
@@ -22,13 +22,14 @@ from benchmarks.harness import (
     Faster,
     LocalSampler,
     Options,
+    Smaller,
     Within,
     measure,
 )
 from benchmarks.machine import peak_memory, slug
 from benchmarks.results import Row, append, latest, read
 from benchmarks.run import main
-from benchmarks.scenes import KINDS, coco_like_counts, costs, scene
+from benchmarks.scenes import KINDS, coco_like_counts, costs, scene, training_sizes
 
 ROW = Row(
     "matcher", "detr_fast", "images x queries", "2x100", 1234.5, 1000.0, 2000.0, None, "A, b", "2", "", "c", "2026"
@@ -70,6 +71,28 @@ def test_wrong_losses_and_gradients_are_found() -> None:
             case.check("detr_fast", changed)
 
 
+def test_wrong_attention_is_found() -> None:
+    options = Options(quick=True)
+    case = attention.ON_CPU[0]
+    inputs = attention.Inputs.of(case, options)
+    made = attention.forward_and_backward(inputs, case)
+    result = made.providers["detr_fast"]()
+    made.check("detr_fast", result)
+    for place in range(4):
+        changed = list(result)  # type: ignore[call-overload]
+        changed[place] = changed[place] * 1.0001
+        with pytest.raises(DisagreementError, match=r"output|gradient of"):
+            made.check("detr_fast", changed)
+
+
+def test_training_sizes_are_those_of_the_published_augmentation() -> None:
+    sizes = training_sizes(200)
+    assert sizes == training_sizes(200)
+    assert {min(size) for size in sizes} <= set(range(480, 801))
+    assert max(max(size) for size in sizes) <= 1333
+    assert len(set(sizes)) > 30
+
+
 def test_providers_take_turns() -> None:
     order: list[str] = []
     providers = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}  # type: ignore[misc]
@@ -88,6 +111,9 @@ def test_bars() -> None:
     assert Faster("scipy", 9).judge(times) == ("detr_fast >= 9x scipy: 8.5x", False)
     assert Faster("lapjvr", 3).judge(times) is None
     assert Within(9).judge(times) == ("detr_fast <= 9 us: 10 us", False)
+    assert Smaller("scipy", 8).judge(times) == ("memory of detr_fast <= 1/8 of scipy: 10 MB, 85 MB", True)
+    assert Smaller("scipy", 9).judge(times) == ("memory of detr_fast <= 1/9 of scipy: 10 MB, 85 MB", False)
+    assert Smaller("lapjvr", 3).judge(times) is None
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Softmax attention between ragged segments: contract, definition, registration and autograd.
 
-Segment b is one image: its queries attend to its own keys only, so that nothing is padded. Kernels: `triton/attention.py` for
-CUDA, `attention_by_segment.py` for the CPU.
+Segment b is one image: its queries attend to its own keys only, so that nothing is padded. Kernels:
+`triton/attention.py` for CUDA, `attention_by_segment.py` for the CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def attention(
     reproducible with ``torch.manual_seed``.
 
     Scores and sums are kept in float32 (float64 for float64 inputs), products of float32 in full precision unless
-    ``torch.backends.cuda.matmul.allow_tf32``; the result has the inputs' type. First derivatives only, deterministic.
+    ``torch.backends.cuda.matmul`` allows TF32; the result has the inputs' type. First derivatives only, deterministic.
     Without dropout the result for one image does not depend on the others. Inputs are read where they are as long as
     their last dimension is contiguous. On CUDA the kernels are Triton's for head widths up to 128, nothing is read
     back, and the first call of a class of shapes times a few tile sizes; float64 and wider heads are computed by plain
@@ -112,6 +112,10 @@ def _check(
     seed: Tensor | None,
     mask: Tensor | None,
 ) -> None:
+    given = {"key": key, "value": value, "query_offsets": query_offsets, "key_offsets": key_offsets}
+    for name, tensor in {**given, "seed": seed, "mask": mask}.items():
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"attention: {name} must be on query's device {query.device}, got {tensor.device}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 3:
             raise ValueError(f"attention: {name} must be [N, H, W], got {list(x.shape)}")
@@ -175,7 +179,8 @@ def _forward_on_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> t
         return attention_by_segment.forward(query, key, value, *rest)
     from detr_fast.ops.triton import attention as kernels  # not needed, and often not installed, on a CPU
 
-    return kernels.forward(query, key, value, *rest)
+    with torch.cuda.device(query.device):  # Triton launches on the current one
+        return kernels.forward(query, key, value, *rest)
 
 
 @torch.library.impl("detr_fast::attention_backward", "cuda")
@@ -186,7 +191,8 @@ def _backward_on_cuda(
         return attention_by_segment.backward(gradient, query, key, value, *rest)
     from detr_fast.ops.triton import attention as kernels
 
-    return kernels.backward(gradient, query, key, value, *rest)
+    with torch.cuda.device(query.device):
+        return kernels.backward(gradient, query, key, value, *rest)
 
 
 torch.library.impl("detr_fast::attention", "cpu", attention_by_segment.forward)

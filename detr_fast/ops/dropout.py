@@ -1,10 +1,9 @@
 """Which attention weights dropout keeps: a function of a seed and of places alone, the same on every device.
 
 Each query of each head and each key has a pseudo-random odd word of 32 bits. A weight is kept if the product of its two
-words, modulo 2^32 and read as signed, is at least a limit. Products with a random odd word are uniform, and those of any three
-weights of different places independent; the fourth corner of a rectangle is tied to the other three by multiplication
-only. That costs a multiplication, a comparison and a selection for each weight; a generator of its own for each weight
-costs ten times as much.
+words, modulo 2^32 and read as signed, is at least a limit. Such products are uniform, and those of any three weights
+independent; the fourth corner of a rectangle of queries and keys is tied to the other three, by multiplication only.
+That costs a multiplication, a comparison and a selection for each weight, a sixteenth of a generator of its own.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from ops.problems import predictions_and_targets
 
-from detr_fast.ops import assign_with_prices, match, matching_cost, set_loss, weighted_set_loss
+from detr_fast.ops import assign_with_prices, attention, match, matching_cost, set_loss, weighted_set_loss
 from detr_fast.structures import offsets_of
 
 DEVICE = "cuda"
@@ -28,7 +28,23 @@ def main() -> None:
             matching_cost(*inputs, kind=kind)  # type: ignore[arg-type]
             weight = torch.ones(2, 5, device=DEVICE)
             weighted_set_loss(logits, boxes, pairs, *inputs[2:], weight, kind=kind).total.backward()  # type: ignore[arg-type]
+    attend()
     torch.cuda.synchronize()
+
+
+def attend() -> None:
+    """Attention: partial blocks, empty images, dropout, masks, split keys."""
+    queries, keys = [70, 0, 5, 3], [130, 9, 0, 1]
+    offsets = offsets_of(queries, DEVICE), offsets_of(keys, DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (24, 32, 64):
+            query, key, value = (
+                torch.randn(sum(counts) + 2, 2, width, device=DEVICE, dtype=dtype).requires_grad_()
+                for counts in (queries, keys, keys)
+            )
+            for mask in (None, torch.rand(1, 1, 70, 130, device=DEVICE) < 0.5):
+                output = attention(query, key, value, *offsets, 70, 130, dropout=0.1, mask=mask)
+                output.square().sum().backward()
 
 
 if __name__ == "__main__":

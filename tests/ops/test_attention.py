@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from detr_fast.ops.attention import attention, attention_reference
+from detr_fast.ops.dropout import dropout_keeps
 from detr_fast.structures import offsets_of
 
 # (queries, keys) of each image
@@ -111,6 +114,96 @@ def test_an_image_does_not_depend_on_its_neighbours(count: int) -> None:
             assert torch.equal(own.grad, leaf.grad[part])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["plain", "dropout"])
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+def test_mask(kind: str, dropout: float, shared: bool) -> None:
+    """Of each image and head, or one for all."""
+    *tensors, query_offsets, key_offsets, max_query, max_key = arguments(RAGGED, spare=1)
+    leaves = [x.requires_grad_() for x in tensors]
+    shape = (1, 1) if shared else (len(RAGGED), 2)
+    mask = torch.randn(*shape, max_query, max_key, dtype=torch.float64)
+    if kind == "boolean":
+        mask = mask > 0
+        mask[:, :, 0] = False  # a query that may attend to nothing
+    offsets, seed = (query_offsets, key_offsets), torch.tensor(4)
+    results = []
+    for run in (
+        lambda: attention(*leaves, *offsets, max_query, max_key, 0.3, dropout, seed, mask),
+        lambda: attention_reference(*leaves, *offsets, 0.3, dropout, seed if dropout else None, mask)[0],
+    ):
+        output = run()
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if kind == "boolean":
+        assert results[0][0][0].eq(0).all()
+
+
+def test_gradient_with_a_mask() -> None:
+    *tensors, query_offsets, key_offsets, max_query, max_key = arguments([(2, 3), (3, 2)], widths=(4, 3))
+    mask = torch.randn(2, 1, max_query, max_key, dtype=torch.float64)
+    mask[0, 0, 0] = -torch.inf
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(
+        lambda *x: attention(*x, query_offsets, key_offsets, max_query, max_key, mask=mask), leaves
+    )
+
+
+def test_mask_is_that_of_pytorch() -> None:
+    query, key, value, *_ = arguments([(5, 7)])
+    mask = torch.rand(1, 2, 5, 7) < 0.6
+    mask[..., 0] = True
+    heads = (x.transpose(0, 1)[None] for x in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)[0].transpose(0, 1)
+    found = attention(query, key, value, offsets_of([5]), offsets_of([7]), 5, 7, mask=mask)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_dropped_is_independent_in_rows_columns_and_rectangles() -> None:
+    """Means of the products of one, two and four weights' indicators, within five standard deviations."""
+    rate, count = 0.3, 512
+    kept = dropout_keeps(torch.tensor(12345678901234), rate, count, 2, count).double() - (1 - rate)  # [2, n, n]
+    variance = rate * (1 - rate)
+    pairs = {
+        "row": (kept[:, :, :-1] * kept[:, :, 1:]),
+        "column": (kept[:, :-1] * kept[:, 1:]),
+        "diagonal": kept[:, :-1, :-1] * kept[:, 1:, 1:],
+        "head": kept[0] * kept[1],
+    }
+    assert abs(kept.mean()) < 5 * (variance / kept.numel()) ** 0.5
+    for name, products in pairs.items():
+        assert abs(products.mean()) < 5 * variance / products.numel() ** 0.5, name
+    for step in (1, 7, 64):
+        corners = kept[:, :-step, :-step] * kept[:, step:, :-step] * kept[:, :-step, step:] * kept[:, step:, step:]
+        assert abs(corners.mean()) < 5 * variance**2 / corners.numel() ** 0.5, step
+    deviation = (variance / count) ** 0.5
+    for axis in (1, 2):  # sums of rows and columns spread as sums of independent draws
+        spread = kept.mean(axis).std()
+        assert 0.9 * deviation < spread < 1.1 * deviation
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 0.5, 0.999])
+def test_share_that_is_dropped(rate: float) -> None:
+    kept = dropout_keeps(torch.tensor(7), rate, 600, 3, 600)
+    assert abs(float(kept.double().mean()) - (1 - rate)) < 5 * (rate * (1 - rate) / kept.numel()) ** 0.5
+
+
+def test_seeds_drop_other_weights() -> None:
+    drawn = [dropout_keeps(torch.tensor(seed), 0.5, 64, 1, 64) for seed in (0, 1, 2**32, 2**62)]
+    for first, second in itertools.combinations(drawn, 2):
+        assert 0.4 < (first == second).double().mean() < 0.6
+
+
+def test_a_given_seed_decides() -> None:
+    inputs = arguments(RAGGED)
+    seed = torch.tensor(3)
+    first, second = (attention(*inputs, dropout=0.5, seed=seed) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, attention(*inputs, dropout=0.5, seed=torch.tensor(4)))
+    assert torch.equal(attention(*inputs, seed=seed), attention(*inputs))  # nothing is dropped
+
+
 def test_dropout_drops_that_share_and_keeps_the_mean() -> None:
     count = 400
     query, key = torch.zeros(count, 2, 4), torch.zeros(count, 2, 4)  # every weight is 1 / count
@@ -189,10 +282,18 @@ def test_compiles_once_for_all_segmentations() -> None:
         ({2: torch.zeros(7, 2, 8).half()}, r"value must be of query's floating point type, got torch.float16"),
         ({4: torch.tensor([0, 7])}, r"key_offsets must be \[B \+ 1\] int32 of one length, got \[2\] torch.int64"),
         ({8: 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({7: -1.0}, "scale must be at least 0, got -1.0"),
+        ({9: torch.tensor([1])}, r"seed must be \[\] int64, got \[1\] torch.int64"),
+        ({10: torch.ones(5, 7)}, r"mask must be \[1 or 1, 2 or 1, 5, 7\], got \[5, 7\]"),
+        ({10: torch.ones(1, 2, 5, 8)}, r"mask must be \[1 or 1, 2 or 1, 5, 7\], got \[1, 2, 5, 8\]"),
+        ({10: torch.ones(1, 1, 5, 7).int()}, "mask must be bool or floating point, got torch.int32"),
+        ({10: torch.ones(1, 1, 5, 7, requires_grad=True)}, "mask must need no gradient"),
+        ({4: torch.tensor([0, 7], device="meta")}, "key_offsets must be on query's device cpu, got meta"),
+        ({2: torch.zeros(7, 2, 8, device="meta")}, "value must be on query's device cpu, got meta"),
     ],
 )
 def test_errors_name_the_argument(change: dict[int, object], message: str) -> None:
-    inputs: list[object] = [*arguments([(5, 7)], torch.float32), None, 0.0]
+    inputs: list[object] = [*arguments([(5, 7)], torch.float32), None, 0.0, None, None]
     for place, wrong in change.items():
         inputs[place] = wrong
     with pytest.raises(ValueError, match=message):

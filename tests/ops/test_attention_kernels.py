@@ -297,8 +297,8 @@ def test_a_transformer_on_these_kernels_is_the_one_on_the_cpu(request: pytest.Fi
         transformer.to(device)
         with pytest.MonkeyPatch.context() as patch:
             if training:
-                seeds = iter(range(100))
-                patch.setattr(torch, "randint", lambda *_, device=None, **__: torch.tensor(next(seeds), device=device))
+                seeds = (torch.tensor(seed, device=device) for seed in range(100))
+                patch.setattr(torch, "randint", lambda *_, seeds=seeds, **__: next(seeds))
             decoded, _ = transformer(memory, asked)
         results.append([decoded.cpu(), *torch.autograd.grad(decoded.square().mean(), inputs)])
     for expected, found in zip(*results, strict=True):

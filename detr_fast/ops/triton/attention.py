@@ -1,7 +1,7 @@
 """Attention between ragged segments on a CUDA device: launches of the Triton kernels and the choice of their tiles.
 
-Registered by `detr_fast.ops.attention`, which holds the contract and the definition. Reads query, key and value where they
-are, whatever their strides. Nothing is read back: the tiles are found on the device from the offsets.
+Registered by `detr_fast.ops.attention`, which holds the contract and the definition. Reads query, key and value where
+they are, whatever their strides. Nothing is read back: the tiles are found on the device from the offsets.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Problem:
             "IMAGES": triton.next_power_of_2(self.images + 1),
             "MASK": kind,
             "DROPOUT": self.seed is not None,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         }
 
     def chosen(self, kernel: str, arguments: dict[str, Any], run: Callable[[Tiles], object]) -> Tiles:
@@ -177,11 +177,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Arguments as of ``torch.ops.detr_fast.attention_backward``."""
     problem = Problem.of(query, key, value, *rest)
-    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     if query.numel() == 0 or key.numel() == 0:
-        return tuple(x.zero_() for x in gradients)
+        for x in gradients:
+            x.zero_()
+        return gradients
     gradient = _rows(gradient)
-    count, heads, _ = query.shape
+    count = len(query)
     means = torch.empty_like(log_sum_exp)
     query_words, key_words = problem.words()
     arguments = {
@@ -229,7 +231,7 @@ def _launch(
         arguments["splits"] = splits
     kernel[(programs,)](
         QUERIES=cut.queries, KEYS=cut.keys, CHUNK=cut.chunk, STAGES=cut.stages, num_warps=cut.warps,
-        num_stages=cut.stages, **arguments,
+        num_stages=cut.stages, enable_fp_fusion=True, **arguments,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from detr_fast.ops.triton.tiles import (
     load_numbers,
     load_rows,
     masked,
+    part_of,
     place_of,
     product,
     segment_of,
@@ -145,14 +146,7 @@ def backward_of_queries(
         start, end = segment_of(image, query_offsets, images, queries)
         number = block * QUERIES + tl.arange(0, QUERIES)
         inside = number < end - start
-        first_key = 0
-        last_key = 0
-        key_start = 0
-        if image < images:
-            key_start, key_end = segment_of(image, key_offsets, images, keys)
-            share = tl.cdiv(tl.cdiv(key_end - key_start, KEYS), splits) * KEYS
-            first_key = tl.minimum(split * share, key_end - key_start)
-            last_key = tl.minimum(first_key + share, key_end - key_start)
+        key_start, first_key, last_key = part_of(image, key_offsets, images, keys, split, splits, KEYS)
         first = start.to(tl.int64)
         q_at = query + first * query_stride + head * query_head_stride
         q = load_rows(q_at, number, end - start, query_stride, KEY_WIDTH, KEY_PADDED, True)
@@ -179,16 +173,16 @@ def backward_of_queries(
         for at in tl.range(first_key, peeled, KEYS, num_stages=STAGES):
             sums = _add_query_gradient(
                 q, of_output, q_at, gradient_at, k_at, v_at, key_words + key_start, mask_at, query_stride,
-                gradient_stride, key_stride, value_stride, mask_query_stride, at, last_key, number, end - start, query_word, limit,
-                scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED,
-                MASK, DROPOUT, PRECISION, CHUNK, False,
+                gradient_stride, key_stride, value_stride, mask_query_stride, at, last_key, number, end - start,
+                query_word, limit, scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED,
+                VALUE_WIDTH, VALUE_PADDED, MASK, DROPOUT, PRECISION, CHUNK, False,
             )  # fmt: skip
         if peeled < last_key:
             sums = _add_query_gradient(
                 q, of_output, q_at, gradient_at, k_at, v_at, key_words + key_start, mask_at, query_stride,
-                gradient_stride, key_stride, value_stride, mask_query_stride, peeled, last_key, number, end - start, query_word, limit,
-                scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED, VALUE_WIDTH, VALUE_PADDED,
-                MASK, DROPOUT, PRECISION, CHUNK, True,
+                gradient_stride, key_stride, value_stride, mask_query_stride, peeled, last_key, number, end - start,
+                query_word, limit, scale * LOG2_E, kept, log_sum, mean, sums, KEYS, KEY_WIDTH, KEY_PADDED,
+                VALUE_WIDTH, VALUE_PADDED, MASK, DROPOUT, PRECISION, CHUNK, True,
             )  # fmt: skip
         store_rows(
             query_gradient + ((split * queries + first) * HEADS + head) * KEY_WIDTH, number, end - start,
@@ -328,11 +322,7 @@ def backward_of_keys(
     if image >= 0:
         start, end = segment_of(image, key_offsets, images, keys)
         number = block * KEYS + tl.arange(0, KEYS)
-        query_start = 0
-        count = 0
-        if image < images:
-            query_start, query_end = segment_of(image, query_offsets, images, queries)
-            count = query_end - query_start
+        query_start, _, count = part_of(image, query_offsets, images, queries, 0, 1, QUERIES)
         first, first_query = start.to(tl.int64), query_start.to(tl.int64)
         k_at = key + first * key_stride + head * key_head_stride
         v_at = value + first * value_stride + head * value_head_stride

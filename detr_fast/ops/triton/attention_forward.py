@@ -18,6 +18,7 @@ from detr_fast.ops.triton.tiles import (
     load_numbers,
     load_rows,
     masked,
+    part_of,
     place_of,
     product,
     segment_of,
@@ -142,14 +143,7 @@ def forward(
     if image >= 0:
         start, end = segment_of(image, query_offsets, images, queries)
         number = block * QUERIES + tl.arange(0, QUERIES)
-        first_key = 0
-        last_key = 0
-        key_start = 0
-        if image < images:
-            key_start, key_end = segment_of(image, key_offsets, images, keys)
-            share = tl.cdiv(tl.cdiv(key_end - key_start, KEYS), splits) * KEYS
-            first_key = tl.minimum(split * share, key_end - key_start)
-            last_key = tl.minimum(first_key + share, key_end - key_start)
+        key_start, first_key, last_key = part_of(image, key_offsets, images, keys, split, splits, KEYS)
         q_at = query + start.to(tl.int64) * query_stride + head * query_head_stride
         q = load_rows(q_at, number, end - start, query_stride, KEY_WIDTH, KEY_PADDED, True)
         k_at = key + key_start.to(tl.int64) * key_stride + head * key_head_stride

@@ -6,7 +6,6 @@ What was found is kept in a file beside Triton's own cache, so that later proces
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,8 +29,8 @@ class Tiles:
     chunk: int = 128  # columns of a head that are multiplied at a time
 
 
-# By how products are computed ("half" for both half types, "masked" for them with a mask, else PyTorch's name) and by the
-# wider head, padded. The first of each is used where nothing may be timed: while a CUDA graph is captured, and with
+# By how products are computed ("half" for both half types, "masked" for them with a mask, else PyTorch's name) and by
+# the wider head, padded. The first of each is used where nothing may be timed: while a CUDA graph is captured, and with
 # torch.use_deterministic_algorithms.
 CANDIDATES: dict[str, dict[tuple[str, int], tuple[Tiles, ...]]] = {
     "forward": {
@@ -153,6 +152,6 @@ def _write(file: Path, shape: str, tiles: dict[str, int]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
             json.dump(content, temporary, indent=1)
-        os.replace(temporary.name, file)
+        Path(temporary.name).replace(file)
     except OSError as error:
         warnings.warn(f"attention: the chosen tiles are not kept for the next process: {error}", stacklevel=2)

@@ -62,6 +62,19 @@ def segment_of(image, offsets, images, rows):
 
 
 @triton.jit
+def part_of(image, offsets, images, rows, split, splits, BLOCK: tl.constexpr):
+    """First row of an image, and counted from it where a split begins and ends: whole blocks, as even as can be.
+
+    Image `images`, which holds what lies past the last offset, has none.
+    """
+    start, end = segment_of(image, offsets, images, rows)
+    count = tl.where(image < images, end - start, 0)
+    share = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
+    first = tl.minimum(split * share, count)
+    return start, first, tl.minimum(first + share, count)
+
+
+@triton.jit
 def load_rows(at, row, end, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
     """``[row, PADDED]``, zero past WIDTH and, if only PART of the rows exists, from `end` on."""
     column = tl.arange(0, PADDED)
