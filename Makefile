@@ -24,13 +24,14 @@ lint: .venv/installed-dev
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks.run assignment matching criterion attention transformer model
 
-# One version of Triton, whose kernels the tests interpret and compile: a CPU build of PyTorch brings none.
-TRITON := triton==3.8.0
+# One version for everybody who develops; the package itself takes any from 2.11 on. Triton is the one that belongs to it:
+# PyTorch's CUDA builds bring it, the tests interpret and compile its kernels on a CPU too.
+PYTORCH := torch==2.13.0
+TRITON := triton==3.7.1
 
-# One version of PyTorch for everybody who develops; the package itself takes any from 2.11 on.
 .venv/torch:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.13.0 "setuptools>=77" wheel cmake ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet $(PYTORCH) "setuptools>=77" wheel cmake ninja pybind11 numpy
 	touch $@
 
 .venv/installed: .venv/torch $(SOURCES)
@@ -38,7 +39,7 @@ TRITON := triton==3.8.0
 	touch $@
 
 .venv/installed-%: .venv/installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]" $(TRITON)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]" $(PYTORCH) $(TRITON)
 	touch $@
 
 clean:

@@ -46,12 +46,12 @@ def scans(library: Path, architecture: int) -> dict[str, list[int]]:
     return found
 
 
-def loops(assembly: str) -> list[list[str]]:
-    """Instructions from the head of each loop to the branch back to it."""
+def loops(assembly: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """All instructions, and of each loop the place of its head and of the branch back to it."""
     instructions, labels = _parsed(assembly)
     branches = [(at, _BRANCH.match(text)) for at, text in enumerate(instructions)]
-    ends = [(labels[branch[3]], at) for at, branch in branches if branch and labels.get(branch[3], at + 1) <= at]
-    return [instructions[head : end + 1] for head, end in ends]
+    found = [(labels[branch[3]], at) for at, branch in branches if branch and labels.get(branch[3], at + 1) <= at]
+    return instructions, found
 
 
 def _parsed(assembly: str) -> tuple[list[str], dict[str, int]]:

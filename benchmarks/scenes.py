@@ -55,7 +55,10 @@ def coco_like_counts(images: int, seed: int = 0) -> list[int]:
 
 
 def training_sizes(images: int, seed: int = 0) -> tuple[tuple[int, int], ...]:
-    """Heights and widths as DETR trains on: COCO's commonest shapes, shorter side 480 to 800, longer at most 1333."""
+    """Heights and widths close to those that DETR trains on.
+
+    COCO's commonest shapes in about their shares, shorter side 480 to 800, longer at most 1333; no random crop.
+    """
     random = np.random.default_rng(seed)
     shapes = [(480, 640), (427, 640), (640, 480), (640, 427), (375, 500), (640, 640), (360, 640)]
     found = []

@@ -7,6 +7,7 @@ holds the numbers that a test compares, one set for each release of Triton.
 from __future__ import annotations
 
 import csv
+import math
 import re
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ KERNELS = {
     "backward_of_keys": attention_backward.backward_of_keys,
 }
 _MULTIPLICATION = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b")
+_EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
 
 
 @dataclass(frozen=True, order=True)
@@ -47,8 +49,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        kind = self.products if self.mask == "none" else f"{self.mask} mask"
+        kind = self.products.replace("masked", "half") + f", {self.mask} mask" * (self.mask != "none")
         cut = f"{self.cut.queries}x{self.cut.keys}, {self.cut.warps} warps, {self.cut.stages} stages"
+        cut += f", {self.cut.chunk} columns" * (self.cut.chunk < self.width)
         return f"{self.kernel}, {kind}, width {self.width}, {cut}" + ", dropout" * self.dropout
 
 
@@ -71,13 +74,14 @@ def cases(quick: bool = False) -> Iterator[Case]:
             is_ours = (products, width) == ("half", 32)
             if quick and not is_ours:
                 continue
-            masks = ("boolean", "additive") if products == "masked" else ("none",)
             for architecture in (90,) if quick else ARCHITECTURES:
                 for cut in cuts if is_ours and not quick else cuts[:1]:
-                    for mask in masks:
-                        yield Case(kernel, products, width, mask, False, cut, architecture)
-                    if is_ours:
-                        yield Case(kernel, products, width, "none", True, cut, architecture)
+                    for dropout in (False, True):
+                        if products != "masked":
+                            yield Case(kernel, products, width, "none", dropout, cut, architecture)
+                        if products == "masked" or (products == "ieee" and width == 32):
+                            yield Case(kernel, products, width, "boolean", dropout, cut, architecture)
+                            yield Case(kernel, products, width, "additive", dropout, cut, architecture)
 
 
 def compiled(case: Case) -> Compiled:
@@ -123,6 +127,8 @@ def compiled(case: Case) -> Compiled:
 def _type(name: str, case: Case) -> str:
     if name in ("scale", "kept"):
         return "fp32"
+    if name in ("max_query", "max_key"):
+        return "i32"
     if name in ("query_offsets", "key_offsets", "query_words", "key_words"):
         return "*i32"
     if name in ("log_sum_exp", "means"):
@@ -135,11 +141,11 @@ def _type(name: str, case: Case) -> str:
 
 
 def _is_aligned(name: str) -> bool:
-    return name.endswith("stride") and not name.startswith("mask") and name != "split_stride"
+    return name.endswith("stride") and not name.startswith("mask")
 
 
-def main_loop(cubin: bytes, case: Case) -> int:
-    """Instructions of the innermost loop that multiplies matrices and takes exponentials, for one block."""
+def main_loop(cubin: bytes, case: Case) -> float:
+    """Instructions of the loop that multiplies matrices and takes exponentials, for one block; NaN if none is found."""
     tool = sass.nvdisasm()
     if tool is None:
         raise FileNotFoundError("nvdisasm: install the CUDA toolkit or Triton")
@@ -147,20 +153,29 @@ def main_loop(cubin: bytes, case: Case) -> int:
         file.write(cubin)
         file.flush()
         said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    instructions, loops = sass.loops(said)
     scores = case.cut.queries * case.cut.keys // (32 * case.cut.warps)
-    lengths = []
-    for loop in sass.loops(said):
-        exponentials = sum("MUFU.EX2" in line for line in loop)
-        if exponentials >= scores and any(_MULTIPLICATION.search(line) for line in loop):
-            lengths.append(len(loop) // (exponentials // scores))
-    if not lengths:
-        raise ValueError(f"{case.name}, sm_{case.architecture}: no main loop found")
-    return min(lengths)
+
+    def count(loop: tuple[int, int], pattern: re.Pattern[str]) -> int:
+        return sum(bool(pattern.search(line)) for line in instructions[loop[0] : loop[1] + 1])
+
+    # One block of keys: its exponentials, a few more of each row, and the most multiplications of all such loops.
+    blocks = [loop for loop in loops if scores <= count(loop, _EXPONENTIAL) < 1.5 * scores + 8]
+    if not blocks:  # some masks: the compiler wove it into the peeled block
+        return math.nan
+    start, end = max(blocks, key=lambda loop: (count(loop, _MULTIPLICATION), loop[0] - loop[1]))
+    length = end - start + 1
+    for inner in loops:  # products of a few columns at a time
+        if start < inner[0] and inner[1] < end and count(inner, _MULTIPLICATION):
+            length += (inner[1] - inner[0] + 1) * (case.width // case.cut.chunk - 1)
+    return length
 
 
 def recorded() -> dict[tuple[str, int], Compiled]:
     """Of the installed release of Triton; empty if there is none."""
-    found = {}
+    found: dict[tuple[str, int], Compiled] = {}
+    if not RECORDED.exists():
+        return found
     with RECORDED.open(newline="") as file:
         for row in csv.DictReader(file):
             if row.pop("triton") == triton.__version__:

@@ -78,14 +78,15 @@ class Tokens:
         Raises:
             ValueError: there are more tokens than that.
         """
-        spare = capacity - len(self.content)
-        if spare < 0 or max_count < self.max_count:
-            raise ValueError(
-                f"Tokens.with_capacity: tokens must be at most {capacity}, {max_count} in one image, got "
-                f"{len(self.content)} and {self.max_count}"
-            )
-        content, position = (F.pad(x, (0, 0, 0, spare)) for x in (self.content, self.position))
-        return Tokens(content, position, self.offsets, max_count)
+        for name, room, count in (
+            ("capacity", capacity, len(self.content)),
+            ("max_count", max_count, self.max_count),
+        ):
+            if room < count:
+                raise ValueError(f"Tokens.with_capacity: {name} must be at least {count}, got {room}")
+        spare = (0, 0, 0, capacity - len(self.content))
+        content, position = F.pad(self.content, spare), F.pad(self.position, spare)
+        return replace(self, content=content, position=position, max_count=max_count)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from benchmarks import sass, triton_kernels
 from benchmarks.triton_kernels import ARCHITECTURES, Case, Compiled, cases
+
+README_RELEASE = "3.7.1"
+LIMITS = {80: (7.6, 11), 90: (7.2, 11), 100: (7.6, 11.2)}  # of the forward pass, without and with dropout
 
 COMPILE = """
 import json
@@ -50,16 +53,19 @@ def test_nothing_spills(found: list[Compiled]) -> None:
     assert [one for one in found if one.stack] == []
 
 
-def test_nothing_grows(found: list[Compiled], recorded: dict[tuple[str, int], Compiled]) -> None:
+def test_spills_of_all_that_is_recorded(recorded: dict[tuple[str, int], Compiled]) -> None:
+    """Without a mask at DETR's head width nothing spills by default; elsewhere a few words at most."""
+    names = {case.name for case in cases(quick=True)}
+    assert [one for one in recorded.values() if one.stack and one.name in names] == []
+    assert [one for one in recorded.values() if one.stack > 32 and one.architecture <= 90] == []
+
+
+def test_nothing_has_changed(found: list[Compiled], recorded: dict[tuple[str, int], Compiled]) -> None:
     """Registers, shared memory and instructions of the main loops."""
     assert len(found) == 6
     for one in found:
         known = recorded[one.name, one.architecture]
-        limits = (known.registers, known.shared, known.per_score)
-        now = (one.registers, one.shared, one.per_score)
-        assert all(x <= y for x, y in zip(now, limits, strict=True)), (
-            f"{one} was {known}; if that is meant: python -m benchmarks.run triton --update"
-        )
+        assert one == known, "if that is meant: python -m benchmarks.run triton --update"
 
 
 def test_every_kernel_is_recorded(recorded: dict[tuple[str, int], Compiled]) -> None:
@@ -72,8 +78,8 @@ def test_instructions_a_score(recorded: dict[tuple[str, int], Compiled]) -> None
         of_width = [case for case in cases() if _is_forward(case) and case.architecture == architecture]
         plain = [recorded[case.name, architecture].per_score for case in of_width if not case.dropout]
         dropped = [recorded[case.name, architecture].per_score for case in of_width if case.dropout]
-        assert min(plain) <= 7.15
-        assert min(dropped) <= 11
+        assert min(plain) <= LIMITS[architecture][0]
+        assert min(dropped) <= LIMITS[architecture][1]
         assert dropped[0] <= 1.6 * plain[0]
 
 
@@ -82,6 +88,8 @@ def _is_forward(case: Case) -> bool:
 
 
 def test_the_derivations_state_what_is_recorded(recorded: dict[tuple[str, int], Compiled]) -> None:
+    if triton.__version__ != README_RELEASE:
+        pytest.skip(f"it tells of Triton {README_RELEASE}")
     stated = (triton_kernels.RECORDED.parent / "README.md").read_text()
     for title, name in triton_kernels.stated().items():
         rows = [recorded[name, architecture] for architecture in ARCHITECTURES]

@@ -6,13 +6,14 @@ Segment b is one image: its queries attend to its own keys only, so that nothing
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detr_fast.ops import attention_by_segment
-from detr_fast.ops.attention_by_segment import wide
+from detr_fast.ops.attention_by_segment import MASK_FORBIDS, type_of_sums
 from detr_fast.ops.dropout import dropout_keeps
 
 
@@ -33,11 +34,12 @@ def attention(
 
     Image b owns queries ``query_offsets[b]:query_offsets[b + 1]`` and keys ``key_offsets[b]:key_offsets[b + 1]``; both
     may be empty. Queries without keys give 0, as do rows past the last offset. ``max_query`` and ``max_key`` are upper
-    bounds of the segment lengths, known on the host. ``scale`` is ``key width ** -0.5`` unless given.
+    bounds of the segment lengths, known on the host. ``scale``, which must be positive, is ``key width ** -0.5`` unless
+    given. On CUDA offsets are not looked at: what they say beyond the tokens or the upper bounds is left out.
 
     ``mask`` applies to query i and key j of an image, counted from the image's first: a boolean says which pairs
-    attend (True, as in ``scaled_dot_product_attention``), a floating point number is added to the scaled score. A query
-    that may attend to nothing gives 0. The mask has no gradient.
+    attend (True, as in ``scaled_dot_product_attention``), a floating point number is added to the scaled score, or
+    forbids the pair if it is at most -50000. A query that may attend to nothing gives 0. The mask has no gradient.
 
     With ``dropout`` each weight is dropped with that probability and the others are divided by ``1 - dropout``. Which
     ones is a function of ``seed`` and the place of query, head and key alone (`detr_fast.ops.dropout`), the same
@@ -45,11 +47,16 @@ def attention(
     reproducible with ``torch.manual_seed``.
 
     Scores and sums are kept in float32 (float64 for float64 inputs), products of float32 in full precision unless
-    ``torch.backends.cuda.matmul`` allows TF32; the result has the inputs' type. First derivatives only, deterministic.
-    Without dropout the result for one image does not depend on the others. Inputs are read where they are as long as
-    their last dimension is contiguous. On CUDA the kernels are Triton's for head widths up to 128, nothing is read
-    back, and the first call of a class of shapes times a few tile sizes; float64 and wider heads are computed by plain
-    operators which do read the offsets back.
+    ``torch.backends.cuda.matmul`` allows TF32; the result has the inputs' type. First derivatives in reverse mode.
+    Inputs are read where they are as long as their last dimension is contiguous.
+
+    The same call gives the same bits, forward and backward. Without dropout the result for one image does not depend on
+    the others; to the bit on the CPU in float32 and half types without a mask, elsewhere to rounding.
+
+    On CUDA the kernels are Triton's for head widths up to 128. Nothing is read back, and the first call of a class of
+    shapes on a machine times a few block sizes; with ``torch.use_deterministic_algorithms`` a fixed one is taken, so
+    that other processes get the same bits too. Float64 and wider heads are computed by plain operators, which do read
+    the offsets back.
 
     Raises:
         ValueError: a shape, type, scale or probability is wrong, or offsets (CPU) are no segments of the tokens; the
@@ -57,7 +64,8 @@ def attention(
 
     Sources: Vaswani et al., "Attention is all you need", 2017; Dao et al., "FlashAttention", 2022.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = max(query.shape[-1], 1) ** -0.5
     _check(query, key, value, query_offsets, key_offsets, max_query, max_key, scale, dropout, seed, mask)
     if dropout == 0:
         seed = None
@@ -76,8 +84,8 @@ def attention_reference(
     key_offsets: Tensor,  # [B + 1] int32
     scale: float | None = None,
     dropout: float = 0.0,
-    seed: Tensor | None = None,
-    mask: Tensor | None = None,
+    seed: Tensor | None = None,  # [] int64
+    mask: Tensor | None = None,  # [B or 1, H or 1, at least the longest segments] bool or floating point
 ) -> tuple[Tensor, Tensor]:  # [N, H, value width], [H, N]
     """The definition: output and log-sum-exp of the scaled scores, one image after the other."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -90,8 +98,11 @@ def attention_reference(
         scores = torch.einsum("nhw,mhw->hnm", query[queries], key[keys]) * scale
         if mask is not None:
             part = mask.expand(images, heads, -1, -1)[image, :, : scores.shape[1], : scores.shape[2]]
-            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
-        weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+            forbidden = ~part if part.dtype == torch.bool else part <= MASK_FORBIDS
+            scores = scores if part.dtype == torch.bool else scores + part.to(scores.dtype)
+            scores = scores.masked_fill(forbidden, -torch.inf)
+        alone = (scores == -torch.inf).all(-1, keepdim=True)  # queries that may attend to nothing
+        weights = scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
         if kept is not None:
             weights = weights * kept[:, queries, keys] / (1 - dropout)
         output[queries] = torch.einsum("hnm,mhw->nhw", weights, value[keys])
@@ -116,11 +127,13 @@ def _check(
     for name, tensor in {**given, "seed": seed, "mask": mask}.items():
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"attention: {name} must be on query's device {query.device}, got {tensor.device}")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 3:
-            raise ValueError(f"attention: {name} must be [N, H, W], got {list(x.shape)}")
-        if not x.is_floating_point() or x.dtype != query.dtype:
-            raise ValueError(f"attention: {name} must be of query's floating point type, got {x.dtype}")
+    if query.dtype not in _TYPES:
+        raise ValueError(f"attention: query must be float16, bfloat16, float32 or float64, got {query.dtype}")
+    for name, rows, x in (("query", "N", query), ("key", "M", key), ("value", "M", value)):
+        if x.dim() != 3 or 0 in x.shape[1:]:
+            raise ValueError(f"attention: {name} must be [{rows}, H, W] with at least one head, got {list(x.shape)}")
+        if x.dtype != query.dtype:
+            raise ValueError(f"attention: {name} must be of query's type {query.dtype}, got {x.dtype}")
     if query.shape[1:] != key.shape[1:]:
         heads = list(query.shape[1:])
         raise ValueError(f"attention: key must have query's heads and width {heads}, got {list(key.shape[1:])}")
@@ -128,11 +141,14 @@ def _check(
         tokens = list(key.shape[:2])
         raise ValueError(f"attention: value must have key's tokens and heads {tokens}, got {list(value.shape[:2])}")
     for name, offsets in (("query_offsets", query_offsets), ("key_offsets", key_offsets)):
-        if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape != query_offsets.shape:
+        if offsets.dim() != 1 or offsets.dtype != torch.int32 or len(offsets) == 0:
             got = f"{list(offsets.shape)} {offsets.dtype}"
-            raise ValueError(f"attention: {name} must be [B + 1] int32 of one length, got {got}")
-    if not scale >= 0:
-        raise ValueError(f"attention: scale must be at least 0, got {scale}")
+            raise ValueError(f"attention: {name} must be [B + 1] int32, got {got}")
+    if len(key_offsets) != len(query_offsets):
+        counts = f"{len(query_offsets)}, got {len(key_offsets)}"
+        raise ValueError(f"attention: key_offsets must be as many as query_offsets, {counts}")
+    if not scale > 0:
+        raise ValueError(f"attention: scale must be positive, got {scale}")
     if not 0 <= dropout < 1:
         raise ValueError(f"attention: dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64):
@@ -142,14 +158,16 @@ def _check(
 
 
 def _check_mask(mask: Tensor, images: int, heads: int, max_query: int, max_key: int) -> None:
-    expected = f"[{images} or 1, {heads} or 1, {max_query}, {max_key}]"
     fits = mask.dim() == 4 and mask.shape[0] in (1, images) and mask.shape[1] in (1, heads)
     if not fits or mask.shape[2] != max_query or mask.shape[3] != max_key:
+        expected = f"[{images} or 1, {heads} or 1, {max_query}, {max_key}]"
         raise ValueError(f"attention: mask must be {expected}, got {list(mask.shape)}")
+    if max_query * max_key >= 2**31:
+        raise ValueError(f"attention: mask must have fewer than 2^31 elements an image, got {max_query} x {max_key}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"attention: mask must be bool or floating point, got {mask.dtype}")
-    if mask.requires_grad:
-        raise ValueError("attention: mask must need no gradient, got one that does")
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("attention: mask must not require a gradient, got requires_grad=True")
 
 
 _ARGUMENTS = (
@@ -166,6 +184,7 @@ torch.library.define(
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_WIDTH = 128  # of a head, in the Triton kernels
 
 
@@ -195,14 +214,14 @@ def _backward_on_cuda(
         return kernels.backward(gradient, query, key, value, *rest)
 
 
-torch.library.impl("detr_fast::attention", "cpu", attention_by_segment.forward)
-torch.library.impl("detr_fast::attention_backward", "cpu", attention_by_segment.backward)
+torch.library.impl("detr_fast::attention", "cpu", partial(attention_by_segment.forward, fused=True))
+torch.library.impl("detr_fast::attention_backward", "cpu", partial(attention_by_segment.backward, fused=True))
 
 
 @torch.library.register_fake("detr_fast::attention")
 def _fake(query: Tensor, key: Tensor, value: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     output = value.new_empty((*query.shape[:2], value.shape[2]))
-    return output, query.new_empty((query.shape[1], query.shape[0]), dtype=wide(query.dtype))
+    return output, query.new_empty((query.shape[1], query.shape[0]), dtype=type_of_sums(query.dtype))
 
 
 @torch.library.register_fake("detr_fast::attention_backward")
@@ -225,4 +244,9 @@ def _derive(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, _: Tenso
     return (*gradients, *[None] * 8)
 
 
+def _refuse(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> None:
+    raise RuntimeError("attention: has first derivatives only")
+
+
 torch.library.register_autograd("detr_fast::attention", _derive, setup_context=_setup_context)
+torch.library.register_autograd("detr_fast::attention_backward", _refuse)

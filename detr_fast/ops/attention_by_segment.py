@@ -14,27 +14,35 @@ from torch import Tensor
 
 from detr_fast.ops.dropout import dropout_limit, dropout_words
 
+# Additive masks that "forbid" by a large number mean minus infinity, beside which float32 forgets the scores.
+MASK_FORBIDS = -5e4
+
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
+    query: Tensor,  # [N, H, key width]
+    key: Tensor,  # [M, H, key width]
+    value: Tensor,  # [M, H, value width]
+    query_offsets: Tensor,  # [B + 1]
+    key_offsets: Tensor,  # [B + 1]
     max_query: int,
     max_key: int,
     scale: float,
     dropout: float,
-    seed: Tensor | None,
-    mask: Tensor | None,
+    seed: Tensor | None,  # [] int64
+    mask: Tensor | None,  # [B or 1, H or 1, max_query, max_key]
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[N, H, value width]`` and log-sum-exp ``[H, N]``; see `detr_fast.ops.attention` for the contract."""
+    """Output ``[N, H, value width]`` and log-sum-exp ``[H, N]``; see `detr_fast.ops.attention` for the contract.
+
+    `fused` takes PyTorch's fused kernel, which only the CPU has, where it can.
+    """
     output = value.new_zeros((*query.shape[:2], value.shape[2]))
-    log_sum_exp = torch.full(query.shape[1::-1], -torch.inf, dtype=wide(query.dtype), device=query.device)
+    log_sum_exp = torch.full(query.shape[1::-1], -torch.inf, dtype=type_of_sums(query.dtype), device=query.device)
     runs = _Runs(query, key, query_offsets, key_offsets, max_query, max_key, dropout, seed, mask)
+    fused = fused and seed is None and mask is None and value.shape[2] == key.shape[2]
     for run in runs:
         q, k, v = run.queries(query), run.keys(key), run.keys(value)
-        if runs.is_fused(value):
+        if fused:
             out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
         else:
             q, k, v = (x.to(log_sum_exp.dtype) for x in (q, k, v))
@@ -50,31 +58,33 @@ def forward(
 
 
 def backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
+    gradient: Tensor,  # [N, H, value width]
+    query: Tensor,  # [N, H, key width]
+    key: Tensor,  # [M, H, key width]
+    value: Tensor,  # [M, H, value width]
+    output: Tensor,  # [N, H, value width]
+    log_sum_exp: Tensor,  # [H, N]
+    query_offsets: Tensor,  # [B + 1]
+    key_offsets: Tensor,  # [B + 1]
     max_query: int,
     max_key: int,
     scale: float,
     dropout: float,
-    seed: Tensor | None,
-    mask: Tensor | None,
+    seed: Tensor | None,  # [] int64
+    mask: Tensor | None,  # [B or 1, H or 1, max_query, max_key]
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     gradients = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     runs = _Runs(query, key, query_offsets, key_offsets, max_query, max_key, dropout, seed, mask)
+    fused = fused and seed is None and mask is None and value.shape[2] == key.shape[2]
     for run in runs:
         q, k, v = run.queries(query), run.keys(key), run.keys(value)
         out, sums = run.queries(output), run.queries(log_sum_exp.mT[..., None])[..., 0]
         grad = run.queries(gradient)
-        if runs.is_fused(value):
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            parts = fused(grad, q, k, v, out, sums, 0.0, False, scale=scale)
+        if fused:
+            of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            parts = of_cpu(grad, q, k, v, out, sums, 0.0, False, scale=scale)
         else:
             q, k, v, out, grad = (x.to(log_sum_exp.dtype) for x in (q, k, v, out, grad))
             weights = runs.mask_scores(run, (q * scale) @ k.mT).sub_(_finite(sums)[..., None]).exp_()
@@ -92,8 +102,7 @@ def backward(
     return gradients
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Type of scores and sums."""
+def type_of_sums(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -143,10 +152,9 @@ class _Runs:
     ) -> None:
         self.query_counts = _lengths(query_offsets, len(query), max_query, "query")
         self.key_counts = _lengths(key_offsets, len(key), max_key, "key")
-        self.heads, self.key_width = query.shape[1:]
+        self.heads = query.shape[1]
         self.limit, self.mask = dropout_limit(dropout), mask
         self.words = None if seed is None else dropout_words(seed, len(query), self.heads, len(key))
-        self.is_on_cpu = query.device.type == "cpu"
 
     def __iter__(self) -> Iterator[_Run]:
         image = query_start = key_start = 0
@@ -158,16 +166,14 @@ class _Runs:
             query_start += count * query_count
             key_start += count * key_count
 
-    def is_fused(self, value: Tensor) -> bool:
-        """Whether PyTorch's fused kernel for the CPU does it."""
-        return self.is_on_cpu and self.words is None and self.mask is None and value.shape[2] == self.key_width
-
     def mask_scores(self, run: _Run, scores: Tensor) -> Tensor:
         if self.mask is None:
             return scores
         part = self.mask.expand(len(self.query_counts), self.heads, -1, -1)[run.image : run.image + run.count]
         part = part[:, :, : run.query_count, : run.key_count]
-        return scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part)
+        if part.dtype == torch.bool:
+            return scores.masked_fill_(~part, -torch.inf)
+        return scores.add_(part).masked_fill_(part <= MASK_FORBIDS, -torch.inf)
 
     def dropped(self, run: _Run) -> Tensor:  # [count, H, queries, keys] bool
         assert self.words is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops.attention import attention, attention_reference
-from detr_fast.ops.dropout import dropout_keeps
+from detr_fast.ops.dropout import dropout_keeps, dropout_words
 from detr_fast.structures import offsets_of
 
 # (queries, keys) of each image
@@ -190,9 +190,25 @@ def test_share_that_is_dropped(rate: float) -> None:
 
 
 def test_seeds_drop_other_weights() -> None:
-    drawn = [dropout_keeps(torch.tensor(seed), 0.5, 64, 1, 64) for seed in (0, 1, 2**32, 2**62)]
+    """Masks of different seeds, their transposes and their neighbouring rows agree in half of the places."""
+    count = 128
+    drawn = [dropout_keeps(torch.tensor(seed), 0.5, count, 1, count)[0] for seed in (0, 1, 2**32, 2**62, 0x9E3779B9)]
+    drawn += [x.mT for x in drawn] + [x.roll(1, 0) for x in drawn]
     for first, second in itertools.combinations(drawn, 2):
-        assert 0.4 < (first == second).double().mean() < 0.6
+        assert abs((first == second).double().mean() - 0.5) < 5 * 0.5 / count
+
+
+def test_words_are_odd_and_never_change() -> None:
+    """Recorded: the same seed must drop the same weights in every release."""
+    queries, keys = dropout_words(torch.tensor(2**40 + 5), 2, 2, 3)
+    assert queries.tolist() == [[1868410821, -1513866293], [197455265, 2046903823]]
+    assert keys.tolist() == [-1458961099, 252977087, 1984735667]
+    assert (queries % 2 != 0).all()
+    assert (keys % 2 != 0).all()
+
+
+def test_almost_everything_is_dropped_at_almost_one() -> None:
+    assert not dropout_keeps(torch.tensor(1), 1 - 2**-40, 50, 2, 50).any()
 
 
 def test_a_given_seed_decides() -> None:
@@ -243,6 +259,48 @@ def test_strided_inputs() -> None:
     assert torch.equal(attention(query, key, across, *rest), expected)
 
 
+def test_second_derivatives_are_refused() -> None:
+    query, key, value, *rest = arguments([(3, 4)], widths=(4, 3))
+    (gradient,) = torch.autograd.grad(
+        attention(query.requires_grad_(), key, value, *rest).sum(), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="attention: has first derivatives only"):
+        gradient.square().sum().backward()
+
+
+def test_a_learned_mask_can_be_evaluated() -> None:
+    inputs = arguments([(5, 7)], torch.float32)
+    mask = torch.randn(1, 1, 5, 7, requires_grad=True)
+    with torch.no_grad():
+        found = attention(*inputs, mask=mask)
+    assert torch.equal(found, attention(*inputs, mask=mask.detach()))
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck_of_types_and_masks(kind: str, dtype: torch.dtype) -> None:
+    *tensors, query_offsets, key_offsets, max_query, max_key = arguments(RAGGED, dtype, (8, 4))
+    mask = {"none": None, "boolean": torch.rand(1, 2, 6, 7) < 0.5, "additive": torch.randn(5, 1, 6, 7)}[kind]
+    rest = (query_offsets, key_offsets, max_query, max_key, 0.5, 0.0, None, mask)
+    torch.library.opcheck(torch.ops.detr_fast.attention.default, (*(x.requires_grad_() for x in tensors), *rest))
+
+
+def test_compiles_once_with_masks_of_changing_size() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(attention, backend=keep_graph, fullgraph=True, dynamic=True)
+    # No number twice: dimensions that are equal at first are taken to be equal always.
+    for count, keys in ((7, 13), (9, 17), (10, 21)):
+        inputs = arguments([(count, keys), (3, 4), (1, 2)], torch.float32)
+        mask = torch.rand(3, 1, count, keys) < 0.7
+        assert torch.equal(compiled(*inputs, mask=mask), attention(*inputs, mask=mask))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_opcheck(dropout: float) -> None:
     seed = torch.tensor(5) if dropout else None
@@ -276,18 +334,22 @@ def test_compiles_once_for_all_segmentations() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(5, 16)}, r"attention: query must be \[N, H, W\], got \[5, 16\]"),
+        ({0: torch.zeros(5, 16)}, r"attention: query must be \[N, H, W\] with at least one head, got \[5, 16\]"),
         ({1: torch.zeros(7, 2, 4)}, r"key must have query's heads and width \[2, 8\], got \[2, 4\]"),
         ({2: torch.zeros(6, 2, 8)}, r"value must have key's tokens and heads \[7, 2\], got \[6, 2\]"),
-        ({2: torch.zeros(7, 2, 8).half()}, r"value must be of query's floating point type, got torch.float16"),
-        ({4: torch.tensor([0, 7])}, r"key_offsets must be \[B \+ 1\] int32 of one length, got \[2\] torch.int64"),
+        ({2: torch.zeros(7, 2, 8).half()}, "value must be of query's type torch.float32, got torch.float16"),
+        ({4: torch.tensor([0, 7])}, r"key_offsets must be \[B \+ 1\] int32, got \[2\] torch.int64"),
         ({8: 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({7: -1.0}, "scale must be at least 0, got -1.0"),
+        ({7: 0.0}, "scale must be positive, got 0.0"),
+        ({0: torch.zeros(5, 2, 8).int()}, "query must be float16, bfloat16, float32 or float64, got torch.int32"),
+        ({0: torch.zeros(5, 0, 8)}, r"query must be \[N, H, W\] with at least one head, got \[5, 0, 8\]"),
+        ({3: torch.zeros(0).int()}, r"query_offsets must be \[B \+ 1\] int32, got \[0\] torch.int32"),
+        ({4: torch.zeros(3).int()}, "key_offsets must be as many as query_offsets, 2, got 3"),
         ({9: torch.tensor([1])}, r"seed must be \[\] int64, got \[1\] torch.int64"),
         ({10: torch.ones(5, 7)}, r"mask must be \[1 or 1, 2 or 1, 5, 7\], got \[5, 7\]"),
         ({10: torch.ones(1, 2, 5, 8)}, r"mask must be \[1 or 1, 2 or 1, 5, 7\], got \[1, 2, 5, 8\]"),
         ({10: torch.ones(1, 1, 5, 7).int()}, "mask must be bool or floating point, got torch.int32"),
-        ({10: torch.ones(1, 1, 5, 7, requires_grad=True)}, "mask must need no gradient"),
+        ({10: torch.ones(1, 1, 5, 7, requires_grad=True)}, "mask must not require a gradient"),
         ({4: torch.tensor([0, 7], device="meta")}, "key_offsets must be on query's device cpu, got meta"),
         ({2: torch.zeros(7, 2, 8, device="meta")}, "value must be on query's device cpu, got meta"),
     ],

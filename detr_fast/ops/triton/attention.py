@@ -15,10 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
+from detr_fast.ops.dropout import dropout_limit
 from detr_fast.ops.triton import attention_backward, attention_forward, tiles
-from detr_fast.ops.triton.choice import ShapeClass, Tiles, candidates, choose, power_above
+from detr_fast.ops.triton.choice import ShapeClass, Tiles, candidates, choose
 
-_WORDS = 4  # that one load takes, and hence where the words of the keys begin
+_WORDS = 4  # the words of the keys begin at a multiple of so many, so that their alignment never changes
 _MOST_SPLITS = 16
 
 
@@ -56,6 +57,7 @@ class Problem:
         query, key, value = (_rows(x) for x in (query, key, value))
         if mask is not None:
             images, heads = len(query_offsets) - 1, query.shape[1]
+            mask = mask.float() if mask.dtype == torch.float64 else mask
             mask = _rows(mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(images, heads, -1, -1)
         offsets = query_offsets.contiguous(), key_offsets.contiguous()
         return cls(query, key, value, *offsets, max_query, max_key, scale, dropout, seed, mask)
@@ -89,24 +91,26 @@ class Problem:
             "images": self.images,
             "queries": len(self.query),
             "keys": len(self.key),
+            "max_query": self.max_query,
+            "max_key": self.max_key,
             "scale": self.scale,
-            "limit": round(self.dropout * 2**32) - 2**31,
+            "limit": dropout_limit(self.dropout),
             "kept": 1 - self.dropout,
             "HEADS": self.query.shape[1],
             "KEY_WIDTH": key_width,
             "KEY_PADDED": max(16, triton.next_power_of_2(key_width)),
             "VALUE_WIDTH": value_width,
             "VALUE_PADDED": max(16, triton.next_power_of_2(value_width)),
-            "IMAGES": triton.next_power_of_2(self.images + 1),
+            "IMAGES": max(16, triton.next_power_of_2(self.images + 1)),
             "MASK": kind,
             "DROPOUT": self.seed is not None,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+            "PRECISION": "tf32" if self.query.dtype == torch.float32 and _allows_tf32() else "ieee",
         }
 
     def chosen(self, kernel: str, arguments: dict[str, Any], run: Callable[[Tiles], object]) -> Tiles:
         products = "half" if self.mask is None else "masked"
-        if self.query.dtype == torch.float32:
-            products = arguments["PRECISION"]
+        if self.query.dtype == torch.float32:  # tiles for full precision are small enough for a mask too
+            products = arguments["PRECISION"] if self.mask is None else "ieee"
         shape = ShapeClass(
             kernel,
             str(self.query.dtype).removeprefix("torch."),
@@ -116,15 +120,15 @@ class Problem:
             arguments["MASK"],
             arguments["DROPOUT"],
             products,
-            power_above(self.images),
-            power_above(self.max_query),
-            power_above(self.max_key),
+            triton.next_power_of_2(self.images),
+            triton.next_power_of_2(self.max_query),
+            triton.next_power_of_2(self.max_key),
         )
         options = candidates(kernel, products, max(shape.key_width, shape.value_width))
         return choose(shape, options, run, self.query.device)
 
     def splits(self, cut: Tiles) -> int:
-        """Parts of the keys, more than one where there are fewer blocks of queries than multiprocessors."""
+        """Parts of the keys, more than one where blocks of queries fill less than half of the multiprocessors."""
         blocks = self.images * triton.cdiv(self.max_query, cut.queries) * self.query.shape[1]
         wanted = _multiprocessors(self.query.device) // max(blocks, 1)
         return max(1, min(wanted, self.max_key // (2 * cut.keys), _MOST_SPLITS))
@@ -242,6 +246,10 @@ def _add(partial: Tensor, partial_sums: Tensor, output: Tensor, log_sum_exp: Ten
         partial, partial_sums, output, log_sum_exp, count, splits, HEADS=heads, BLOCK=block, WIDTH=width,
         PADDED=triton.next_power_of_2(width), WEIGHTED=weighted,
     )  # fmt: skip
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _rows(x: Tensor) -> Tensor:

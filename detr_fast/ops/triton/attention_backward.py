@@ -119,6 +119,8 @@ def backward_of_queries(
     images,
     queries,  # N
     keys,  # M
+    max_query,  # of one image: what the mask has room for
+    max_key,
     splits,
     scale,
     limit,
@@ -144,9 +146,11 @@ def backward_of_queries(
     image, block = place_of(work // splits // HEADS, before, blocks, IMAGES)
     if image >= 0:
         start, end = segment_of(image, query_offsets, images, queries)
+        if MASK != "none":
+            end = tl.where(image < images, tl.minimum(end, start + max_query), end)
         number = block * QUERIES + tl.arange(0, QUERIES)
         inside = number < end - start
-        key_start, first_key, last_key = part_of(image, key_offsets, images, keys, split, splits, KEYS)
+        key_start, first_key, last_key = part_of(image, key_offsets, images, keys, max_key, split, splits, KEYS)
         first = start.to(tl.int64)
         q_at = query + first * query_stride + head * query_head_stride
         q = load_rows(q_at, number, end - start, query_stride, KEY_WIDTH, KEY_PADDED, True)
@@ -164,7 +168,7 @@ def backward_of_queries(
         log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum)
         k_at = key + key_start.to(tl.int64) * key_stride + head * key_head_stride
         v_at = value + key_start.to(tl.int64) * value_stride + head * value_head_stride
-        mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
+        mask_at = mask + image.to(tl.int64) * mask_image_stride + head.to(tl.int64) * mask_head_stride
         query_word = number
         if DROPOUT:
             query_word = tl.load(query_words + (start + number) * HEADS + head, mask=inside, other=0)
@@ -230,7 +234,7 @@ def _add_key_gradients(
     PART: tl.constexpr,
 ):
     number = start + tl.arange(0, QUERIES)
-    # Infinity where there is no query: its weights are 0. So they are where there is no key.
+    # Infinity where there is no query: its weights are 0.
     log_sum = load_numbers(log_sum_exp, number, end, float("inf"), PART) * LOG2_E
     score = product(
         k, key, key_number, key_end, key_stride, query, number, end, query_stride, KEY_WIDTH, KEY_PADDED, CHUNK,
@@ -255,9 +259,8 @@ def _add_key_gradients(
         else:
             query_word = tl.load(words + number * HEADS)
         dropped = drop(weight, query_word[None, :], key_word[:, None], limit)
-        # Kept weights have gradient of_weight / kept - mean, the others -mean.
-        of_weight = drop(of_weight, query_word[None, :], key_word[:, None], limit)
-        of_score = weight * tl.fma(of_weight, 1 / kept, -mean[None, :])
+        # Times `kept`: kept weights have gradient of_weight / kept - mean, the others -mean.
+        of_score = dropped * of_weight - weight * (mean * kept)[None, :]
     else:
         dropped = weight
         of_score = weight * (of_weight - mean[None, :])
@@ -297,6 +300,8 @@ def backward_of_keys(
     images,
     queries,  # N
     keys,  # M
+    max_query,  # of one image: what the mask has room for
+    max_key,
     scale,
     limit,
     kept,  # share of weights that dropout keeps
@@ -321,8 +326,10 @@ def backward_of_keys(
     image, block = place_of(work // HEADS, before, blocks, IMAGES)
     if image >= 0:
         start, end = segment_of(image, key_offsets, images, keys)
+        if MASK != "none":
+            end = tl.where(image < images, tl.minimum(end, start + max_key), end)
         number = block * KEYS + tl.arange(0, KEYS)
-        query_start, _, count = part_of(image, query_offsets, images, queries, 0, 1, QUERIES)
+        query_start, _, count = part_of(image, query_offsets, images, queries, max_query, 0, 1, QUERIES)
         first, first_query = start.to(tl.int64), query_start.to(tl.int64)
         k_at = key + first * key_stride + head * key_head_stride
         v_at = value + first * value_stride + head * value_head_stride
@@ -333,7 +340,7 @@ def backward_of_keys(
         sums_at = log_sum_exp + head.to(tl.int64) * queries + query_start
         means_at = means + head.to(tl.int64) * queries + query_start
         words_at = query_words + first_query * HEADS + head
-        mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
+        mask_at = mask + image.to(tl.int64) * mask_image_stride + head.to(tl.int64) * mask_head_stride
         key_word = number
         if DROPOUT:
             key_word = tl.load(key_words + start + number, mask=number < end - start, other=0)
@@ -356,7 +363,7 @@ def backward_of_keys(
             )  # fmt: skip
         store_rows(
             key_gradient + (first * HEADS + head) * KEY_WIDTH, number, end - start, HEADS * KEY_WIDTH,
-            of_key * scale, KEY_WIDTH, KEY_PADDED,
+            of_key * (scale / kept), KEY_WIDTH, KEY_PADDED,
         )  # fmt: skip
         store_rows(
             value_gradient + (first * HEADS + head) * VALUE_WIDTH, number, end - start, HEADS * VALUE_WIDTH,

@@ -26,7 +26,18 @@ from detr_fast.ops.triton.tiles import (
 )
 
 # Numbers that change from batch to batch: a kernel is not compiled anew for them.
-COUNTS = ["images", "queries", "keys", "splits", "limit"]
+COUNTS = [
+    "images",
+    "queries",
+    "keys",
+    "max_query",
+    "max_key",
+    "splits",
+    "limit",
+    "mask_image_stride",
+    "mask_head_stride",
+    "mask_query_stride",
+]
 
 
 @triton.jit
@@ -116,7 +127,9 @@ def forward(
     mask_query_stride,
     images,
     queries,  # N
-    keys,  # M, unused here
+    keys,  # M
+    max_query,  # of one image: what the mask has room for
+    max_key,
     splits,
     scale,
     limit,
@@ -142,13 +155,15 @@ def forward(
     image, block = place_of(work // splits // HEADS, before, blocks, IMAGES)
     if image >= 0:
         start, end = segment_of(image, query_offsets, images, queries)
+        if MASK != "none":
+            end = tl.where(image < images, tl.minimum(end, start + max_query), end)
         number = block * QUERIES + tl.arange(0, QUERIES)
-        key_start, first_key, last_key = part_of(image, key_offsets, images, keys, split, splits, KEYS)
+        key_start, first_key, last_key = part_of(image, key_offsets, images, keys, max_key, split, splits, KEYS)
         q_at = query + start.to(tl.int64) * query_stride + head * query_head_stride
         q = load_rows(q_at, number, end - start, query_stride, KEY_WIDTH, KEY_PADDED, True)
         k_at = key + key_start.to(tl.int64) * key_stride + head * key_head_stride
         v_at = value + key_start.to(tl.int64) * value_stride + head * value_head_stride
-        mask_at = mask + image.to(tl.int64) * mask_image_stride + head * mask_head_stride
+        mask_at = mask + image.to(tl.int64) * mask_image_stride + head.to(tl.int64) * mask_head_stride
         query_word = number
         if DROPOUT:
             query_word = tl.load(query_words + (start + number) * HEADS + head, mask=number < end - start, other=0)

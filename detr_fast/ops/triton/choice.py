@@ -5,6 +5,7 @@ What was found is kept in a file beside Triton's own cache, so that later proces
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import warnings
@@ -30,8 +31,8 @@ class Tiles:
 
 
 # By how products are computed ("half" for both half types, "masked" for them with a mask, else PyTorch's name) and by
-# the wider head, padded. The first of each is used where nothing may be timed: while a CUDA graph is captured, and with
-# torch.use_deterministic_algorithms.
+# the wider head, padded. The first of each is used where nothing may be timed: with torch.use_deterministic_algorithms,
+# and for a new class of shapes while a CUDA graph is captured.
 CANDIDATES: dict[str, dict[tuple[str, int], tuple[Tiles, ...]]] = {
     "forward": {
         ("half", 32): (Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3)),
@@ -102,37 +103,38 @@ class ShapeClass:
         return " ".join(str(x) for x in asdict(self).values())
 
 
-def power_above(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()
-
-
-_chosen: dict[tuple[int, ShapeClass], Tiles] = {}
+_chosen: dict[tuple[torch.device, ShapeClass], Tiles] = {}
 
 
 def choose(shape: ShapeClass, options: Sequence[Tiles], run: Callable[[Tiles], object], device: torch.device) -> Tiles:
     """The fastest of the options for these shapes; `run` launches the kernel with one and must be repeatable."""
-    if len(options) == 1 or device.type != "cuda":
+    if len(options) == 1 or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return options[0]
-    place = (device.index or 0, shape)
-    found = _chosen.get(place)
+    found = _chosen.get((device, shape))
     if found is not None:
         return found
-    if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
-        return options[0]
     file = _file(torch.cuda.get_device_name(device))
     known = _read(file).get(str(shape))
     found = next((tiles for tiles in options if asdict(tiles) == known), None)
     if found is None:
-        times = [triton.testing.do_bench(lambda tiles=tiles: run(tiles), warmup=5, rep=20) for tiles in options]
+        if torch.cuda.is_current_stream_capturing():
+            return options[0]
+        times = [
+            triton.testing.do_bench(lambda tiles=tiles: run(tiles), warmup=5, rep=20, return_mode="median")
+            for tiles in options
+        ]
         found = options[times.index(min(times))]
         _write(file, str(shape), asdict(found))
-    _chosen[place] = found
+    _chosen[device, shape] = found
     return found
 
 
 @lru_cache
 def _file(device_name: str) -> Path:
-    name = "-".join([*device_name.lower().split(), "triton", triton.__version__])
+    """One for each device, release of Triton and version of the kernels."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    name = "-".join([*device_name.lower().split(), "triton", triton.__version__, digest])
     return Path(knobs.cache.dir) / "detr_fast" / f"attention-{name}.json"
 
 
@@ -150,8 +152,8 @@ def _write(file: Path, shape: str, tiles: dict[str, int]) -> None:
     content = {**_read(file), shape: tiles}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-            json.dump(content, temporary, indent=1)
-        Path(temporary.name).replace(file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            (Path(folder) / file.name).write_text(json.dumps(content, indent=1))
+            (Path(folder) / file.name).replace(file)
     except OSError as error:
         warnings.warn(f"attention: the chosen tiles are not kept for the next process: {error}", stacklevel=2)

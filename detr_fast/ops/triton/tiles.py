@@ -1,7 +1,7 @@
 """What the attention kernels share: where a tile lies, how its rows are read, and which weights dropout keeps.
 
-A kernel's program walks a list of tiles, a block of one image's rows for one head each, longest work first. The list is
-never stored: each program finds its tiles from the offsets, which stay on the device.
+A program computes one tile: a block of one image's rows for one head. Tiles are listed longest work first; the list is
+never stored, each program finds its own from the offsets, which stay on the device.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from detr_fast.ops.attention_by_segment import MASK_FORBIDS
+
 # The interpreter knows no assembly; `drop` says what it means.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+FORBIDDEN = tl.constexpr(MASK_FORBIDS)
 
-# Ordering compares every image with every other; above so many images, tiles come in the order of the images.
-MOST_ORDERED = tl.constexpr(64)
+# Ordering compares every image with every other, which for 64 of them costs a quarter of a typical program. From there
+# on tiles come in the order of the images.
+MOST_ORDERED = tl.constexpr(32)
 
 
 @triton.jit
@@ -34,7 +38,8 @@ def first_tiles(
     inside = image < images
     start = tl.load(offsets + image, mask=image <= images, other=0)
     end = tl.load(offsets + image + 1, mask=inside, other=0)
-    blocks = tl.cdiv(tl.where(image == images, rows, end) - start, BLOCK)
+    end = tl.where(image == images, rows, end)
+    blocks = tl.cdiv(tl.maximum(tl.minimum(end, rows) - tl.maximum(start, 0), 0), BLOCK)
     if IMAGES <= MOST_ORDERED:
         other_end = tl.load(other_offsets + image + 1, mask=inside, other=0)
         work = tl.where(inside, other_end - tl.load(other_offsets + image, mask=inside, other=0), 0)
@@ -56,19 +61,20 @@ def place_of(tile, before, blocks, IMAGES: tl.constexpr):
 
 @triton.jit
 def segment_of(image, offsets, images, rows):
-    """First row of an image and the one past its last."""
-    start = tl.load(offsets + image)
-    return start, tl.load(offsets + image + 1, mask=image < images, other=rows)
+    """First row of an image and the one past its last; wild offsets do not lead out of the rows."""
+    start = tl.maximum(tl.load(offsets + image), 0)
+    end = tl.load(offsets + image + 1, mask=image < images, other=rows)
+    return start, tl.maximum(tl.minimum(end, rows), start)
 
 
 @triton.jit
-def part_of(image, offsets, images, rows, split, splits, BLOCK: tl.constexpr):
+def part_of(image, offsets, images, rows, most, split, splits, BLOCK: tl.constexpr):
     """First row of an image, and counted from it where a split begins and ends: whole blocks, as even as can be.
 
     Image `images`, which holds what lies past the last offset, has none.
     """
     start, end = segment_of(image, offsets, images, rows)
-    count = tl.where(image < images, end - start, 0)
+    count = tl.where(image < images, tl.minimum(end - start, most), 0)
     share = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
     first = tl.minimum(split * share, count)
     return start, first, tl.minimum(first + share, count)
@@ -152,15 +158,16 @@ def masked(score, mask, row, row_end, row_stride, column, column_end, KIND: tl.c
     pointer = mask + row * row_stride + column
     if KIND == "boolean":
         return tl.where(tl.load(pointer, mask=inside, other=0) != 0, score, -float("inf"))
-    return score + tl.load(pointer, mask=inside, other=-float("inf")).to(tl.float32) * LOG2_E
+    added = tl.load(pointer, mask=inside, other=-float("inf")).to(tl.float32)
+    return tl.where(added <= FORBIDDEN, -float("inf"), score + added * LOG2_E)
 
 
 @triton.jit
 def drop(x, query_word, key_word, limit):
     """x where the product of the two words, a signed 32 bit number, is at least `limit`, elsewhere zero.
 
-    In assembly, because LLVM packs the 64 comparisons of a thread into bit fields and unpacks them again: 13.5 instead
-    of 9.7 instructions a score in the forward kernel.
+    In assembly, because LLVM packs the 64 comparisons of a thread into bit fields and unpacks them again: about 14
+    instead of 10.5 instructions a score in the forward kernel.
     """
     if INTERPRETED:
         return tl.where(query_word * key_word >= limit, x, 0.0)
@@ -183,7 +190,7 @@ def mixed(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_count", "count"])
 def dropout_words(
     seed,  # [] int64
     words,  # [count] int32: of `query_count` pairs of a query and a head, then of keys
@@ -191,12 +198,11 @@ def dropout_words(
     count,
     BLOCK: tl.constexpr,
 ):
-    """`detr_fast.ops.attention.dropout_words`, for all at once."""
+    """`detr_fast.ops.dropout.dropout_words`, for all at once."""
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_key = number >= query_count
     whole = tl.load(seed)
     low, high = whole.to(tl.uint32), (whole >> 32).to(tl.uint32)
-    index = tl.where(is_key, number - query_count, number).to(tl.uint32)
-    start = mixed(low ^ tl.where(is_key, 0x9E3779B9, 0).to(tl.uint32))
-    word = mixed(mixed(index + start) ^ high) | 1
+    index = tl.where(is_key, 2 * (number - query_count) + 1, 2 * number).to(tl.uint32)
+    word = mixed(mixed(index + mixed(low)) ^ high) | 1
     tl.store(words + number, word.to(tl.int32, bitcast=True), mask=number < count)
