@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -38,29 +39,32 @@ def emulator() -> ModuleType:
     return build.load()
 
 
-@pytest.fixture
-def triton_attention() -> Iterator[None]:
-    """Attention of CPU tensors is computed by the interpreted Triton kernels, and so is all that uses it."""
-    pytest.importorskip("triton")
-    from detr_fast.ops.triton import attention
-
+@contextmanager
+def computed_by(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
+    """Ops on tensors of the CPU are computed by these, and so is all that stands on them."""
     library = torch.library.Library("detr_fast", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that is the purpose
-        library.impl("attention", attention.forward, "CPU", allow_override=True)
-        library.impl("attention_backward", attention.backward, "CPU", allow_override=True)
-    yield
-    library._destroy()
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.fixture
+def triton_attention() -> Iterator[None]:
+    """Attention is computed by the interpreted Triton kernels."""
+    pytest.importorskip("triton")
+    from detr_fast.ops.triton import attention
+
+    with computed_by({"attention": attention.forward, "attention_backward": attention.backward}):
+        yield
 
 
 @pytest.fixture
 def emulated_ops(emulator: ModuleType) -> Iterator[ModuleType]:
-    """Tensors of the CPU are computed by the emulated CUDA kernels, and so is all that stands on the ops."""
-    library = torch.library.Library("detr_fast", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that is the purpose
-        for name in NATIVE_OPS:
-            op = getattr(torch.ops.detr_fast_emulated, name).default
-            library.impl(name, op, "CPU", allow_override=True)
-    yield emulator
-    library._destroy()
+    """The native ops are computed by the emulated CUDA kernels."""
+    with computed_by({name: getattr(torch.ops.detr_fast_emulated, name).default for name in NATIVE_OPS}):
+        yield emulator

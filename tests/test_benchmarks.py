@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lap", reason="needs the extra 'bench'")
 pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
 
-from benchmarks import attention, criterion, plot, tables
+from benchmarks import attention, criterion, plot, tables, transformer
 from benchmarks.assignment import batch, require_optimal
 from benchmarks.harness import (
     Benchmark,
@@ -83,6 +83,22 @@ def test_wrong_attention_is_found() -> None:
         changed[place] = changed[place] * 1.0001
         with pytest.raises(DisagreementError, match=r"output|gradient of"):
             made.check("detr_fast", changed)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_forward_alone_is_checked(dropout: float) -> None:
+    made = attention.forward_only(attention.Inputs.of(attention.ON_CPU[0], Options(quick=True)), dropout)
+    (output,) = made.providers["detr_fast"]()  # type: ignore[misc]
+    made.check("detr_fast", [output])
+    with pytest.raises(DisagreementError, match="output"):
+        made.check("detr_fast", [output * 1.0001])
+
+
+def test_bars_name_providers() -> None:
+    cases = [*attention.benchmarks(Options(quick=True)), *transformer.benchmarks(Options(quick=True))]
+    for case in cases:
+        for bar in case.bars:
+            assert getattr(bar, "than", bar.ours) in case.providers
 
 
 def test_training_sizes_are_those_of_the_published_augmentation() -> None:

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from benchmarks import sass, triton_kernels
 from benchmarks.triton_kernels import ARCHITECTURES, Case, Compiled, cases
@@ -88,7 +88,7 @@ def _is_forward(case: Case) -> bool:
 
 
 def test_the_derivations_state_what_is_recorded(recorded: dict[tuple[str, int], Compiled]) -> None:
-    if triton.__version__ != README_RELEASE:
+    if triton_kernels.triton.__version__ != README_RELEASE:
         pytest.skip(f"it tells of Triton {README_RELEASE}")
     stated = (triton_kernels.RECORDED.parent / "README.md").read_text()
     for title, name in triton_kernels.stated().items():

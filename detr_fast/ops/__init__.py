@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch  # noqa: F401  loads the libraries that _C needs, so it comes first
 
 # isort: split
-import detr_fast._C as _C  # mypy does not find it by "from", in a package that it already reads
+import detr_fast._C as _C
 from detr_fast.ops.assignment import (
     Assignment,
     assign,

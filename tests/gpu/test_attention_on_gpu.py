@@ -111,8 +111,9 @@ def test_launches() -> None:
         step()
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
-    ours = [name for name in names if name in ("forward", "backward_of_queries", "backward_of_keys", "add_splits")]
+    ours = [name for name in names if "backward_of" in name or name in ("forward", "add_splits")]
     assert sorted(ours) == ["backward_of_keys", "backward_of_queries", "forward"]
+    assert len(names) <= 6, names  # and the sum with its gradient
 
 
 def test_other_lengths_compile_nothing_anew() -> None:
@@ -213,7 +214,7 @@ def test_compiled_by_inductor(transformer: Transformer) -> None:
     eager = transformer_step(transformer, counts_of(2))()
     compiled = transformer_step(torch.compile(transformer, fullgraph=True), counts_of(2))()
     for expected, found in zip(eager, compiled, strict=True):
-        limit = 20 * torch.finfo(torch.bfloat16).eps * float(expected.detach().abs().max())
+        limit = 4 * torch.finfo(torch.bfloat16).eps * float(expected.detach().abs().max())
         torch.testing.assert_close(found, expected, rtol=0, atol=limit)
 
 

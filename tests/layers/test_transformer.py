@@ -151,11 +151,13 @@ def test_room_for_more_tokens_changes_nothing() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("limits", [(14, 20), (40, 8)])
-def test_too_little_room_is_an_error(limits: tuple[int, int]) -> None:
-    message = f"tokens must be at most {limits[0]}, {limits[1]} in one image, got 15 and 9"
-    with pytest.raises(ValueError, match=message):
-        tokens().with_capacity(*limits)
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [((14, 20), "capacity must be at least 15, got 14"), ((40, 8), "max_count must be at least 9, got 8")],
+)
+def test_too_little_room_is_an_error(room: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Tokens.with_capacity: {message}"):
+        tokens().with_capacity(*room)
 
 
 def test_activation_checkpointing_recomputes_the_same_dropout() -> None:
@@ -185,8 +187,8 @@ def test_autocast_computes_products_and_attention_in_the_half_type() -> None:
         found, _ = transformer(*float32)
     handle.remove()
     assert seen == [torch.bfloat16]
-    # Norms end each of the five sublayers, whose inputs and outputs are rounded a few times each.
-    limit = 30 * torch.finfo(torch.bfloat16).eps
+    # Without any of the three attentions the result is off by 0.16 of the largest and more.
+    limit = 2 * torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=limit * float(expected.detach().abs().max()))
     found.float().square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in transformer.parameters())
