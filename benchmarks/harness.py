@@ -113,9 +113,9 @@ class Replayed:
         return self._result
 
 
-def with_graph(run: Callable[[], Any], device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Our provider, and on CUDA its graph as another: "detr_fast" and "detr_fast, graph"."""
-    return {OURS: run} | ({f"{OURS}, graph": Replayed(run, device)} if device.type == "cuda" else {})
+def with_graph(run: Callable[[], Any], device: torch.device, name: str = OURS) -> dict[str, Callable[[], Any]]:
+    """A provider, and on CUDA its graph as another: "detr_fast" and "detr_fast, graph"."""
+    return {name: run} | ({f"{name}, graph": Replayed(run, device)} if device.type == "cuda" else {})
 
 
 class Sampler(Protocol):
