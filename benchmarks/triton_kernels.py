@@ -31,7 +31,8 @@ KERNELS = {
     "backward_of_queries": attention_backward.backward_of_queries,
     "backward_of_keys": attention_backward.backward_of_keys,
 }
-_MULTIPLICATION = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b")
+# Of matrices, on tensor cores, and in full precision.
+_PRODUCTS = {True: re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b"), False: re.compile(r"\bFFMA\b")}
 _EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
 
 
@@ -156,17 +157,20 @@ def main_loop(cubin: bytes, case: Case) -> float:
     instructions, loops = sass.loops(said)
     scores = case.cut.queries * case.cut.keys // (32 * case.cut.warps)
 
+    product = _PRODUCTS[case.products != "ieee"]
+
     def count(loop: tuple[int, int], pattern: re.Pattern[str]) -> int:
         return sum(bool(pattern.search(line)) for line in instructions[loop[0] : loop[1] + 1])
 
-    # One block of keys: its exponentials, a few more of each row, and the most multiplications of all such loops.
-    blocks = [loop for loop in loops if scores <= count(loop, _EXPONENTIAL) < 1.5 * scores + 8]
+    # One block of keys: its exponentials and a few more of each row. Branches back from waits that stand at the end of
+    # the kernel look like loops too, longer ones.
+    blocks = [x for x in loops if scores <= count(x, _EXPONENTIAL) < 1.5 * scores + 8 and count(x, product)]
     if not blocks:  # some masks: the compiler wove it into the peeled block
         return math.nan
-    start, end = max(blocks, key=lambda loop: (count(loop, _MULTIPLICATION), loop[0] - loop[1]))
+    start, end = min(blocks, key=lambda loop: loop[1] - loop[0])
     length = end - start + 1
     for inner in loops:  # products of a few columns at a time
-        if start < inner[0] and inner[1] < end and count(inner, _MULTIPLICATION):
+        if start < inner[0] and inner[1] < end and count(inner, product):
             length += (inner[1] - inner[0] + 1) * (case.width // case.cut.chunk - 1)
     return length
 
