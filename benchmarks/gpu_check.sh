@@ -14,15 +14,15 @@ if [ $# -lt 1 ] || [ $# -gt 2 ]; then
   echo "usage: benchmarks/gpu_check.sh OUT [STEPS]" >&2
   exit 2
 fi
-mkdir -p "$1"
-OUT=$(cd "$1" && pwd)
-STEPS=${2:-.}
+WHERE=$PWD
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 if ! $PYTHON -c "import torch; assert torch.cuda.is_available()" 2> /dev/null; then
   echo "gpu_check: $PYTHON must have PyTorch with a CUDA device, got none" >&2
   exit 1
 fi
+OUT=$(cd "$WHERE" && mkdir -p "$1" && cd "$1" && pwd)
+STEPS=${2:-.}
 export PYTHONUNBUFFERED=1
 GPU=$($PYTHON -c "import torch; from benchmarks.machine import slug; print(slug(torch.cuda.get_device_name()))")
 CSV="$OUT/$GPU.csv"

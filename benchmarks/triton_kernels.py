@@ -1,7 +1,7 @@
 """What the compiler makes of the Triton kernels: registers, spills, shared memory, and instructions a score.
 
-``python -m benchmarks.run triton`` compiles them for GPUs that need not be there. `detr_fast/ops/triton/resources.csv`
-holds the numbers that a test compares, one set for each release of Triton.
+``python -m benchmarks.run triton`` compiles them for GPUs that need not be there, in some minutes.
+`detr_fast/ops/triton/resources.csv` holds the numbers that a test compares, one set for each release of Triton.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
 import triton
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -232,7 +233,7 @@ def report(found: list[Compiled]) -> str:
 
 
 def print_report(update: bool) -> None:
-    found = [compiled(case) for case in cases()]
+    found = [compiled(case) for case in tqdm(list(cases()), desc="compiling")]
     print(report(found))
     if update:
         record(found)

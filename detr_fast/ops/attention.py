@@ -6,6 +6,7 @@ Segment b is one image: its queries attend to its own keys only, so that nothing
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -47,11 +48,12 @@ def attention(
     reproducible with ``torch.manual_seed``.
 
     Scores and sums are kept in float32 (float64 for float64 inputs), products of float32 in full precision unless
-    ``torch.backends.cuda.matmul`` allows TF32; the result has the inputs' type. First derivatives in reverse mode.
+    ``torch.backends.cuda.matmul`` allows TF32; the result has the inputs' type, which must be one, under
+    autocast too. First derivatives in reverse mode only; ``torch.func`` is not supported.
     Inputs are read where they are as long as their last dimension is contiguous.
 
     The same call gives the same bits, forward and backward. Without dropout the result for one image does not depend on
-    the others; to the bit on the CPU in float32 and half types without a mask, elsewhere to rounding.
+    the others; to the bit on the CPU with one thread in float32 and half types without a mask, elsewhere to rounding.
 
     On CUDA the kernels are Triton's for head widths up to 128. Nothing is read back, and the first call of a class of
     shapes on a machine times a few block sizes; with ``torch.use_deterministic_algorithms`` a fixed one is taken, so
@@ -64,9 +66,8 @@ def attention(
 
     Sources: Vaswani et al., "Attention is all you need", 2017; Dao et al., "FlashAttention", 2022.
     """
-    if scale is None:
-        scale = max(query.shape[-1], 1) ** -0.5
     _check(query, key, value, query_offsets, key_offsets, max_query, max_key, scale, dropout, seed, mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if dropout == 0:
         seed = None
     elif seed is None:  # on the device, so that drawing it needs no synchronisation
@@ -118,20 +119,26 @@ def _check(
     key_offsets: Tensor,
     max_query: int,
     max_key: int,
-    scale: float,
+    scale: float | None,
     dropout: float,
     seed: Tensor | None,
     mask: Tensor | None,
 ) -> None:
     given = {"key": key, "value": value, "query_offsets": query_offsets, "key_offsets": key_offsets}
-    for name, tensor in {**given, "seed": seed, "mask": mask}.items():
-        if tensor is not None and tensor.device != query.device:
+    for name, tensor in {"query": query, **given, "seed": seed, "mask": mask}.items():
+        if tensor is None and name in ("seed", "mask"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"attention: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != query.device:
             raise ValueError(f"attention: {name} must be on query's device {query.device}, got {tensor.device}")
     if query.dtype not in _TYPES:
         raise ValueError(f"attention: query must be float16, bfloat16, float32 or float64, got {query.dtype}")
     for name, rows, x in (("query", "N", query), ("key", "M", key), ("value", "M", value)):
         if x.dim() != 3 or 0 in x.shape[1:]:
-            raise ValueError(f"attention: {name} must be [{rows}, H, W] with at least one head, got {list(x.shape)}")
+            raise ValueError(
+                f"attention: {name} must be [{rows}, H, W] with at least one head and column, got {list(x.shape)}"
+            )
         if x.dtype != query.dtype:
             raise ValueError(f"attention: {name} must be of query's type {query.dtype}, got {x.dtype}")
     if query.shape[1:] != key.shape[1:]:
@@ -147,8 +154,8 @@ def _check(
     if len(key_offsets) != len(query_offsets):
         counts = f"{len(query_offsets)}, got {len(key_offsets)}"
         raise ValueError(f"attention: key_offsets must be as many as query_offsets, {counts}")
-    if not scale > 0:
-        raise ValueError(f"attention: scale must be positive, got {scale}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"attention: scale must be positive and finite, got {scale}")
     if not 0 <= dropout < 1:
         raise ValueError(f"attention: dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64):
