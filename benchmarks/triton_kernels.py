@@ -129,7 +129,7 @@ def compiled(case: Case) -> Compiled:
 def _type(name: str, case: Case) -> str:
     if name in ("scale", "kept"):
         return "fp32"
-    if name in ("max_query", "max_key"):
+    if name in ("max_query", "max_key"):  # named like pointers
         return "i32"
     if name in ("query_offsets", "key_offsets", "query_words", "key_words"):
         return "*i32"
@@ -211,6 +211,8 @@ def stated() -> dict[str, str]:
     names = {}
     for case in cases(quick=True):
         names[titles[case.kernel] + ", dropout" * case.dropout] = case.name
+    large = CANDIDATES["forward"]["half", 32][1]
+    names["forward, the larger blocks"] = Case("forward", "half", 32, "none", False, large, 90).name
     return names
 
 

@@ -124,10 +124,9 @@ def _check(
     seed: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    given = {"key": key, "value": value, "query_offsets": query_offsets, "key_offsets": key_offsets}
-    for name, tensor in {"query": query, **given, "seed": seed, "mask": mask}.items():
-        if tensor is None and name in ("seed", "mask"):
-            continue
+    tensors = {"query": query, "key": key, "value": value, "query_offsets": query_offsets, "key_offsets": key_offsets}
+    optional = {name: tensor for name, tensor in (("seed", seed), ("mask", mask)) if tensor is not None}
+    for name, tensor in {**tensors, **optional}.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"attention: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.device != query.device:

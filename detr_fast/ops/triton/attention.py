@@ -7,7 +7,7 @@ they are, whatever their strides. Nothing is read back: the tiles are found on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -40,27 +40,23 @@ class Problem:
     mask: Tensor | None  # [B, H, longest queries, longest keys]
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_offsets: Tensor,
-        key_offsets: Tensor,
-        max_query: int,
-        max_key: int,
-        scale: float,
-        dropout: float,
-        seed: Tensor | None,
-        mask: Tensor | None,
-    ) -> Problem:
-        query, key, value = (_rows(x) for x in (query, key, value))
+    def of(cls, *inputs: Any) -> Problem:
+        """From the arguments of ``torch.ops.detr_fast.attention``, in memory that the kernels can read."""
+        given = cls(*inputs)
+        mask = given.mask
         if mask is not None:
-            images, heads = len(query_offsets) - 1, query.shape[1]
             mask = mask.float() if mask.dtype == torch.float64 else mask
-            mask = _rows(mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(images, heads, -1, -1)
-        offsets = query_offsets.contiguous(), key_offsets.contiguous()
-        return cls(query, key, value, *offsets, max_query, max_key, scale, dropout, seed, mask)
+            mask = _rows(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
+            mask = mask.expand(given.images, given.query.shape[1], -1, -1)
+        return replace(
+            given,
+            query=_rows(given.query),
+            key=_rows(given.key),
+            value=_rows(given.value),
+            query_offsets=given.query_offsets.contiguous(),
+            key_offsets=given.key_offsets.contiguous(),
+            mask=mask,
+        )
 
     @property
     def images(self) -> int:
