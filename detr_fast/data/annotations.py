@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from detr_fast.data.faults import DataFault, Fault
+from detr_fast.data.remote import AnyPath
 
 # Faults of an annotation file after which training on the rest would silently not be what the user asked for.
 FATAL = ("malformed image entry", "duplicate image id", "malformed annotation", "unknown category")
@@ -30,7 +30,7 @@ class Annotations:
         return [fault for fault in self.faults if fault.kind in FATAL]
 
 
-def read_annotations(path: Path) -> Annotations:
+def read_annotations(path: AnyPath) -> Annotations:
     """Reads and inspects a file.
 
     Annotation ids are numbered anew from 1 where they are missing, repeated or 0: pycocotools takes the match with an

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from detr_fast.data.annotations import Annotations, is_object, read_annotations
 from detr_fast.data.faults import CONSEQUENCES, DataFault, Fault, count_by_kind
-from detr_fast.data.images import check_image
+from detr_fast.data.images import sound_content
 from detr_fast.data.layouts import CocoPaths, find_split, find_splits
+from detr_fast.data.remote import AnyPath, as_path
+from detr_fast.data.shards import Shards
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 SMALL, LARGE = 32**2, 96**2  # square pixels, the limits of COCO's evaluation
@@ -31,7 +33,7 @@ class SplitReport:
 
     name: str
     annotation_file: str
-    image_folder: str
+    image_folder: str  # or what stands for it
     images: int
     images_without_objects: int
     smallest_image: tuple[int, int]  # (width, height) of least and of most area
@@ -83,7 +85,7 @@ class DataReport:
 
 
 def check_data(
-    path: str | Path,
+    path: str | AnyPath,
     split: str | None = None,
     *,
     images: str | Path | None = None,
@@ -102,10 +104,10 @@ def check_data(
         return check_splits(path, found)
     found = find_splits(path)
     report = check_splits(path, found)
-    return replace(report, notes=(*report.notes, *_without_images(Path(path), found)))
+    return replace(report, notes=(*report.notes, *_without_images(as_path(path), found)))
 
 
-def check_splits(path: str | Path, found: Mapping[str, CocoPaths]) -> DataReport:
+def check_splits(path: str | AnyPath, found: Mapping[str, CocoPaths]) -> DataReport:
     """The same of splits that lie anywhere; ``path`` is what the report calls the data set."""
     reports: list[SplitReport] = []
     faults: list[Fault] = []
@@ -162,13 +164,15 @@ def _names(entries: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     return {i: name if count[name] == 1 else f"{name} (id {i})" for i, name in names.items()}
 
 
-def _check_files(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> tuple[list[Fault], dict[str, str]]:
+def _check_files(
+    name: str, folder: Path | Shards, images: Sequence[Mapping[str, Any]]
+) -> tuple[list[Fault], dict[str, str]]:
     """Decodes every image; returns the faults, and the name of each content."""
 
     def check(entry: Mapping[str, Any]) -> Fault | str:
-        path = folder / entry["file_name"]
-        fault = check_image(path, (entry["width"], entry["height"]), entry["file_name"])
-        return fault or hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        file = folder / entry["file_name"]
+        found = sound_content(file, (entry["width"], entry["height"]), entry["file_name"])
+        return found if isinstance(found, Fault) else hashlib.blake2b(found, digest_size=16).hexdigest()
 
     with ThreadPoolExecutor() as pool:
         results = list(tqdm(pool.map(check, images), f"check {name}", len(images), leave=False, disable=None))
@@ -178,7 +182,7 @@ def _check_files(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -
 
 
 def _notes(
-    found: Annotations, folder: Path, of_class: Mapping[int, int], categories: Mapping[int, str]
+    found: Annotations, folder: Path | Shards, of_class: Mapping[int, int], categories: Mapping[int, str]
 ) -> Iterator[str]:
     if found.clamped:
         clamped, objects = len(found.clamped), sum(of_class.values())
@@ -193,13 +197,21 @@ def _notes(
     listed = Counter(entry["file_name"] for entry in found.dataset["images"])
     if repeated := [file for file, count in listed.items() if count > 1]:
         yield f"image files listed more than once: {len(repeated)}, first: {repeated[0]}"
+    if unlisted := [file for file in _image_files(folder) if file not in listed]:
+        where = "folder" if isinstance(folder, Path) else "shards"
+        yield f"images in the {where} but not in the annotations: {len(unlisted)}, first: {unlisted[0]}"
+
+
+def _image_files(folder: Path | Shards) -> list[str]:
+    if isinstance(folder, Shards):
+        return sorted(folder.file_names)
     files = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES)
-    names = (file.relative_to(folder).as_posix() for file in files)
-    if unlisted := [file for file in names if file not in listed]:
-        yield f"images in the folder but not in the annotations: {len(unlisted)}, first: {unlisted[0]}"
+    return [file.relative_to(folder).as_posix() for file in files]
 
 
-def _without_images(root: Path, found: Mapping[str, CocoPaths]) -> Iterator[str]:
+def _without_images(root: AnyPath, found: Mapping[str, CocoPaths]) -> Iterator[str]:
+    if not isinstance(root, Path):
+        return
     used = {paths.annotations for paths in found.values()}
     if others := sorted(set(root.glob("annotations/instances_*.json")) - used):
         yield f"not looked at, for want of a folder of their images: {', '.join(file.name for file in others)}"
@@ -229,8 +241,11 @@ def _sources(root: str, splits: Sequence[SplitReport]) -> list[str]:
         return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
 
     width = max((len(split.name) for split in splits), default=0)
-    pairs = [(short(split.annotation_file), short(split.image_folder)) for split in splits]
-    return [f"  {s.name:{width}}  {file}, images in {folder}/" for s, (file, folder) in zip(splits, pairs, strict=True)]
+    ends = ["" if split.image_folder.endswith(".tar") else "/" for split in splits]
+    pairs = [
+        (short(split.annotation_file), short(split.image_folder) + end) for split, end in zip(splits, ends, strict=True)
+    ]
+    return [f"  {s.name:{width}}  {file}, images in {folder}" for s, (file, folder) in zip(splits, pairs, strict=True)]
 
 
 def _table(splits: Sequence[SplitReport]) -> list[str]:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from detr_fast.boxes import box_cxcywh_to_xyxy
 from detr_fast.data.coco import CocoDetection, coco_target
+from detr_fast.data.images import read_image
 from detr_fast.engine.charts import Line, line_chart
-from detr_fast.engine.checkpoint import write_atomically
 from detr_fast.engine.draw import colour_of_class, draw_boxes
 from detr_fast.engine.evaluate import NUMBERS
 from detr_fast.engine.loaders import evaluation_dataset
 from detr_fast.engine.predict import Detector, load_detector
 from detr_fast.engine.run import LAST
+from detr_fast.files import write_atomically
 from detr_fast.structures import Images
 
 SHOWN_SIDE = 300  # longer side of a picture in the report, in pixels
@@ -178,7 +179,7 @@ def _pictures(detector: Detector, dataset: CocoDetection, image_ids: Sequence[in
         labels, boxes = _truth(dataset, image_id)
         names = [detector.categories.names[label] for label in labels]
         left = draw_boxes(picture, [[scale * x for x in box] for box in boxes], labels, names)
-        found = detector.predict(dataset.path_of(image_id), THRESHOLD)[0]
+        found = detector.predict(read_image(dataset.path_of(image_id)), THRESHOLD)[0]
         captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist(), strict=True)]
         right = draw_boxes(picture, (found.boxes * scale).tolist(), found.labels.tolist(), captions)
         figures.append(
@@ -210,8 +211,7 @@ def _truth(dataset: CocoDetection, image_id: int) -> tuple[list[int], list[list[
 
 def _enlarged(dataset: CocoDetection, image_id: int) -> tuple[Image.Image, float]:
     """The image at the size it is shown, twice that for sharp captions, and the scale."""
-    with Image.open(dataset.path_of(image_id)) as file:
-        picture = file.convert("RGB")
+    picture = read_image(dataset.path_of(image_id))
     scale = 2 * SHOWN_SIDE / max(picture.size)
     size = round(picture.width * scale), round(picture.height * scale)
     return picture.resize(size, Image.Resampling.BICUBIC), scale
@@ -225,8 +225,7 @@ def _looks(detector: Detector, dataset: CocoDetection, image_ids: Sequence[int],
     rows = []
     for image_id in image_ids:
         picture, _ = _enlarged(dataset, image_id)
-        with Image.open(dataset.path_of(image_id)) as file:
-            pixels = detector.transform(file.convert("RGB"), {}, None)[0]
+        pixels = detector.transform(read_image(dataset.path_of(image_id)), {}, None)[0]
         images = Images.batch([pixels]).to(detector.device)
         outputs = detector.model(images)
         maps = detector.model.attention_maps(images).cross[0].float().cpu()  # type: ignore[operator]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 import triton
 from triton import knobs
+
+from detr_fast.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,6 @@ def _write(file: Path, shape: str, tiles: dict[str, int]) -> None:
     content = {**_read(file), shape: tiles}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            (Path(folder) / file.name).write_text(json.dumps(content, indent=1))
-            (Path(folder) / file.name).replace(file)
+        write_atomically(file, json.dumps(content, indent=1))
     except OSError as error:
         warnings.warn(f"attention: the chosen tiles are not kept for the next process: {error}", stacklevel=2)

@@ -1,0 +1,57 @@
+"""Writes files atomically: a file is either complete or not there.
+
+It is written under another name, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomically(path: str | Path, content: bytes | str) -> None:
+    """Replaces a file by ``content``, so that a crash at any time leaves the old or the new file, never a part.
+
+    Raises:
+        OSError: the folder is missing, read-only or full; the old file is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    replace_file(path, lambda file: file.write(data))
+
+
+def replace_file(
+    path: str | Path,
+    write: Callable[[IO[bytes]], Any],  # is given the open file
+) -> None:
+    """The same for content that is written piece by piece; an exception of ``write`` leaves the old file."""
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~_mask_of_permissions())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _mask_of_permissions() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the renaming itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
