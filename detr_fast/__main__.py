@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         "Summarises a data set and lists every fault.",
         "example:\n  detr-fast check-data DATA",
     )
-    check.add_argument("path", metavar="DATA", nargs="?", help="folder of a COCO-format data set; see train for data.*")
+    check.add_argument("path", metavar="DATA", nargs="?", help="a COCO-format data set; see train for data.*")
+    _add_shard(command)
     demo = command(
         "demo",
         _demo,
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "example:\n  detr-fast report runs/first",
     )
     report.add_argument("folder", metavar="RUN", type=Path, help="folder of a run that was evaluated")
-    report.add_argument("--data", metavar="DATA", type=Path, help="where the data set lies now, if it was moved")
+    report.add_argument("--data", metavar="DATA", help="where the data set lies now, if it was moved")
     report.add_argument("--output", metavar="FILE", type=Path, help="default: RUN/report.html")
     command("version", _version, "Prints the version.", "example:\n  detr-fast version")
     return parser
@@ -118,15 +119,20 @@ def _add_train(command: Any) -> None:
     )
     train = command("train", _train, "Trains on a COCO-format data set.", example)
     train.more = _help_of_settings
-    train.add_argument("path", metavar="DATA", nargs="?", help="folder of a COCO-format data set; sets data.path")
+    train.add_argument("path", metavar="DATA", nargs="?", help="a COCO-format data set, folder or URL; sets data.path")
     train.add_argument("--config", metavar="FILE", type=Path, help="settings from a .json or .toml file")
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of ten steps and a table of what each part costs to profile/ in the run's folder",
+    )
     train.add_argument(
         "--resume",
         metavar="RUN",
         nargs="?",
         const="",
         help="continue a run's folder or checkpoint bit for bit; without a value that of train.output, or the "
-        "latest in runs; auto: continue train.output if there is something to continue, else start",
+        "latest in runs; auto: continue the newest whole checkpoint of train.output if there is one, else start",
     )
 
 
@@ -146,7 +152,7 @@ def _add_evaluate(command: Any) -> None:
         "  detr-fast evaluate detr-r50-e632da11.pth COCO --model.name=detr_resnet50 --data.published-ids=true",
     )
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="file, or the folder of a run")
-    evaluate.add_argument("path", metavar="DATA", help="folder of a COCO-format data set")
+    evaluate.add_argument("path", metavar="DATA", help="a COCO-format data set, folder or URL")
     evaluate.add_argument("--split", default=None, help="default: data.evaluation_split, val")
     evaluate.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
     evaluate.add_argument("--detections", metavar="FILE", type=Path, help="also write all detections, COCO's format")
@@ -168,16 +174,36 @@ def _add_predict(command: Any) -> None:
     predict.add_argument("--skip-faults", action="store_true", help="leave out unreadable images instead of stopping")
 
 
-def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from detr_fast.engine.train import find_checkpoint, settings_of_run, train
+def _add_shard(command: Any) -> None:
+    shard = command(
+        "shard",
+        _shard,
+        "Writes a data set as tar files (shards) that are read where they lie: a folder, or a URL that fsspec reaches.",
+        "examples:\n  detr-fast shard DATA SHARDS\n  detr-fast shard DATA s3://bucket/coco --split train2017\n"
+        "  detr-fast train s3://bucket/coco\n"
+        "a conversion that was interrupted goes on when it is called again; s3:// needs s3fs, http:// aiohttp",
+    )
+    shard.add_argument("path", metavar="DATA", help="a COCO-format data set, folder or URL")
+    shard.add_argument("output", metavar="OUTPUT", help="folder or URL to write to")
+    shard.add_argument("--split", help="default: every split")
+    shard.add_argument("--images-per-shard", metavar="COUNT", type=int, default=1000, help="default: 1000")
+    shard.add_argument("--skip-faults", action="store_true", help="leave out what cannot be used instead of stopping")
 
-    given = [*overrides, *([("data.path", str(Path(arguments.path).absolute()))] if arguments.path else [])]
+
+def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.engine.resume import find_checkpoint, newest_whole, settings_of_run
+    from detr_fast.engine.train import train
+
+    profile = [("train.profile_steps", "10")] if arguments.profile else []
+    given = [*profile, *overrides, *([("data.path", _absolute(arguments.path))] if arguments.path else [])]
     output = dict(given).get("train.output", "")
     resume = arguments.resume
     if resume == "auto":
         if not output:
             raise ConfigError("--resume auto needs --train.output=FOLDER")
-        resume = output if (Path(output) / "last.pth").exists() else None
+        resume, damage = newest_whole(Path(output))
+        if damage:
+            print(f"detr-fast: {damage}; continuing {resume}", file=sys.stderr)
     elif resume == "":
         resume = output or "latest"
     if resume is None:
@@ -200,6 +226,11 @@ def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+def _absolute(path: str) -> str:
+    """A run may be continued from another folder; a URL is the same everywhere."""
+    return path if "://" in path else str(Path(path).absolute())
+
+
 def _flat(sections: Any) -> list[tuple[str, Any]]:
     """``{"train": {"seed": 1}}`` as ``[("train.seed", 1)]``."""
     pairs: list[tuple[str, Any]] = []
@@ -211,10 +242,10 @@ def _flat(sections: Any) -> list[tuple[str, Any]]:
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from detr_fast.engine.checkpoint import write_atomically
     from detr_fast.engine.distributed import processes
     from detr_fast.engine.evaluate import evaluate
     from detr_fast.engine.loaders import evaluation_dataset
+    from detr_fast.files import write_atomically
 
     detector, config = _load(arguments.checkpoint, overrides)
     split = [("data.evaluation_split", arguments.split)] if arguments.split else []
@@ -258,8 +289,8 @@ def _device(overrides: Overrides) -> str:
 
 def _predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.data.faults import DataFault
-    from detr_fast.engine.checkpoint import write_atomically
     from detr_fast.engine.pictures import distinct_names, find_pictures
+    from detr_fast.files import write_atomically
 
     if not 0 <= arguments.threshold <= 1:
         raise ConfigError(f"--threshold must be in [0, 1], got {arguments.threshold}")
@@ -312,6 +343,31 @@ def _check_data(arguments: argparse.Namespace, overrides: Overrides) -> int:
         report = check_splits(path or ", ".join(str(paths.annotations) for paths in found.values()), found)
     print(report)
     return 1 if report.faults else 0
+
+
+def _shard(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.data.layouts import find_split, find_splits
+    from detr_fast.data.shard_writer import write_shards
+
+    _accept_settings("shard", overrides)
+    if arguments.images_per_shard < 1:
+        raise ConfigError(f"--images-per-shard must be at least 1, got {arguments.images_per_shard}")
+    split = arguments.split
+    found = {split: find_split(arguments.path, split)} if split else find_splits(arguments.path)
+    for name, paths in found.items():
+        written = write_shards(
+            paths,
+            arguments.output,
+            name,
+            images_per_shard=arguments.images_per_shard,
+            on_fault="skip" if arguments.skip_faults else "raise",
+            progress=True,
+        )
+        for fault in written.faults:
+            print(f"detr-fast: left out: {fault}", file=sys.stderr)
+        print(written)
+    print(f"written to {arguments.output}")
+    return 0
 
 
 def _demo(arguments: argparse.Namespace, overrides: Overrides) -> int:

@@ -111,6 +111,7 @@ class SetCriterion(nn.Module):
         self,
         outputs: Predictions | Mapping[str, Any],
         targets: Targets | Sequence[Mapping[str, Tensor]],
+        joint: Tensor | None = None,  # [2] float32, normalisers of a larger batch; see normalisers()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum to differentiate, ``[]``, and all entries, detached, for the log.
 
@@ -118,20 +119,30 @@ class SetCriterion(nn.Module):
         are computed with the losses, with weights rounded to float32: on a CUDA device three launches for matching and
         losses (without masks) and one for the gradient, of all layers. Entries without a weight take no part.
 
+        With `joint`, losses are divided by those normalisers instead of this batch's own: then the sums over the parts
+        of a batch are the losses of the whole batch, and so are the gradients.
+
         Raises:
-            ValueError: as a call of the criterion; or `weight_dict` names none of its losses.
+            ValueError: as a call of the criterion; or `weight_dict` names none of its losses, or masks with `joint`.
         """
-        matched = self._matched(outputs, targets)
+        if joint is not None and "masks" in self.losses:
+            raise ValueError("SetCriterion.weighted_loss: joint must be None for losses with 'masks', got a tensor")
+        matched = self._matched(outputs, targets, reduces=joint is None)
         layers = len(matched.predictions.logits)
         positions = {name: position for name, position, _ in self._entries(layers)}
         if not any(name in self.weight_dict for name in (*positions, *_MASK_ENTRIES)):
             raise ValueError(f"SetCriterion: weight_dict names none of the losses {', '.join(positions)}")
         device = matched.predictions.logits.device
         weight = self._weights_of(positions, layers * len(TERMS), device, torch.float32)
+        weight = weight.view(layers, len(TERMS))
+        share = None if joint is None else self._share(matched, joint)
         values = weighted_set_loss(
-            *matched.arguments(), weight.view(layers, len(TERMS)), *self._loss_options(matched.num_boxes)
+            *matched.arguments(),
+            weight if share is None else weight * share,
+            *self._loss_options(matched.num_boxes),
         )
-        flat = values.losses.detach().flatten().unbind()
+        found = values.losses.detach()
+        flat = (found if share is None else found * share).flatten().unbind()
         losses = {name: flat[position] for name, position in positions.items()}
         total = values.total
         masks = self._mask_losses(matched)
@@ -182,13 +193,41 @@ class SetCriterion(nn.Module):
         kinds = [(part.kind, part.alpha, part.gamma) for part in (self, matcher) if hasattr(part, "kind")]
         return dict(self.weight_dict), tuple(self.losses), *costs, *kinds
 
+    def normalisers(self, targets: Targets, num_queries: int) -> Tensor:
+        """What the losses of a batch are divided by, ``[2]`` float32 on its device: targets, weights of all classes.
+
+        The first of box and focal losses (there at least 1), the second of the class loss of kind softmax: the sum of
+        `empty_weight` over all queries, each with the class that it is to have. Sums of these over the parts of a batch
+        are `joint` of :meth:`weighted_loss`; over ranks whose gradients are averaged, divided by their number. Where an
+        image has more targets than queries, the second is exact if all labels weigh the same.
+        """
+        counts = targets.offsets.diff()
+        matched = counts.clamp(max=num_queries).sum()
+        labels = targets.labels.clamp(0, self.num_classes)
+        is_there = torch.arange(len(labels), device=labels.device) < targets.offsets[-1]
+        weight = self.empty_weight.float()
+        of_labels = (weight[labels] * is_there).sum() * (matched / counts.sum().clamp(min=1))
+        of_no_object = weight[-1] * (len(targets) * num_queries - matched)
+        return torch.stack([counts.sum().float(), of_labels + of_no_object])
+
+    def _share(self, matched: _Matched, joint: Tensor) -> Tensor:  # [terms]
+        """This batch's part of the joint normalisers, which turns its own losses into its part of the joint ones."""
+        own = self.normalisers(matched.targets, matched.predictions.logits.shape[2])
+        boxes = own[0].clamp(min=1) / joint[0]
+        classes = own[1] / joint[1] if self.kind == "softmax" else boxes
+        one = torch.ones_like(boxes)
+        return torch.stack([{"class": classes, "bbox": boxes, "giou": boxes}.get(term, one) for term in TERMS])
+
     def _matched(
-        self, outputs: Predictions | Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
+        self,
+        outputs: Predictions | Mapping[str, Any],
+        targets: Targets | Sequence[Mapping[str, Tensor]],
+        reduces: bool = True,
     ) -> _Matched:
         predictions, packed = self.structured(outputs, targets)
         packed = packed.to(predictions.logits.device)
         query_of_target = self._match(predictions, packed, outputs, targets)
-        return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets))
+        return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets) if reduces else None)
 
     def _loss_options(self, num_boxes: Tensor | None) -> tuple[Tensor | None, Tensor | None, ClassKind, float, float]:
         class_weight = self.empty_weight.float() if self.kind == "softmax" else None

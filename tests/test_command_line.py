@@ -91,6 +91,36 @@ def test_check_data(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rectangle" in capsys.readouterr().out
 
 
+def test_shards_in_the_place_of_the_folder(
+    shapes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = str(tmp_path / "shards")
+    assert main(["shard", str(shapes), shards, "--images-per-shard", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "train: 8 images in 3 shards" in said
+    assert "val: 5 images in 2 shards" in said
+    assert main(["shard", str(shapes), shards, "--images-per-shard", "3", "--split", "val"]) == 0
+    assert "2 shards kept" in capsys.readouterr().out
+    assert main(["check-data", shards]) == 0
+    assert "no faults" in capsys.readouterr().out
+    for name, place in (("folder", shapes), ("shards", shards)):
+        assert main(["evaluate", str(run), str(place), "--json", str(tmp_path / f"{name}.json")]) == 0
+    assert (tmp_path / "shards.json").read_text() == (tmp_path / "folder.json").read_text()
+    assert main(["train", shards, *SMALLEST, "--train.epochs=1", f"--train.output={tmp_path / 'run'}"]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
+def test_shards_at_a_url(shapes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard", str(shapes), "memory://bucket/shapes"]) == 0
+    assert main(["check-data", "memory://bucket/shapes"]) == 0
+    assert "no faults" in capsys.readouterr().out
+    command = ["train", "memory://bucket/shapes", *SMALLEST, "--train.epochs=1", f"--train.output={tmp_path / 'run'}"]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["path"] == "memory://bucket/shapes"
+    assert main(["evaluate", str(tmp_path / "run"), "memory://bucket/shapes"]) == 0
+    assert main(["report", str(run), "--data", "memory://bucket/shapes", "--output", str(tmp_path / "r.html")]) == 0
+
+
 def test_check_data_of_an_unusual_layout(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").symlink_to(shapes / "val")
     (tmp_path / "truth.json").symlink_to(shapes / "annotations" / "instances_val.json")
@@ -155,6 +185,11 @@ def test_unreadable_images_stop_or_are_skipped(
         (["check-data", "DATA", "--data.pth=x"], "no setting is called data.pth; did you mean data.path?"),
         (["check-data", "DATA", "--train.epochs=3"], "check-data takes settings data.NAME only, got --train.epochs"),
         (["report", "RUN", "--train.epochs=3"], "report takes no settings, got --train.epochs"),
+        (["shard", "DATA"], "the following arguments are required: OUTPUT"),
+        (["shard", "DATA", "new", "--images-per-shard", "0"], "--images-per-shard must be at least 1, got 0"),
+        (["shard", "DATA", "new", "--split", "extra"], "has no annotations of split 'extra'"),
+        (["shard", "DATA", "new", "--train.epochs=3"], "shard takes no settings, got --train.epochs"),
+        (["train", "memory://nowhere/set", "--model.name=detr_tiny"], "has no shards of split 'train'"),
         (["version", "--train.epochs=3"], "version takes no settings, got --train.epochs"),
         (["train", "DATA", "--model.name=detr_small_panoptic"], "model.name must be a detection model"),
     ],
@@ -233,7 +268,7 @@ def test_sigterm_saves_and_exits(shapes: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
     place = load_checkpoint(folder / "last.pth")["place"]
     assert place["step"] >= 3
-    assert place["step"] == place["epoch"] * 4 + place["batch"]
+    assert place["step"] == place["epoch"] * 4 + place["images"] // 2
 
 
 def test_two_processes(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

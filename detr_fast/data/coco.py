@@ -10,7 +10,6 @@ import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +21,10 @@ from torch.utils.data import Dataset
 
 from detr_fast.data.annotations import is_object, read_annotations
 from detr_fast.data.faults import DataFault, Fault, count_by_kind
-from detr_fast.data.images import check_image, read_image
+from detr_fast.data.images import ImageFile, check_image, read_image
 from detr_fast.data.layouts import CocoPaths
+from detr_fast.data.shards import Shards
+from detr_fast.data.sketch import RawImage, Sketch
 from detr_fast.data.transforms import Normalise, Sample, Target, Transform, seeded
 
 
@@ -174,6 +175,8 @@ class CocoDetection(Dataset[Sample]):
         self.crowds, self.clamped = found.crowds, len(found.clamped)
         self.paths, self.with_masks, self.seed = paths, with_masks, seed
         self.transform: Transform = Normalise() if transform is None else transform
+        if on_fault == "raise" and isinstance(paths.images, Shards):
+            paths.images.check([entry["file_name"] for entry in dataset["images"]], paths.annotations)
         if on_fault == "skip":
             dataset = self._without_damaged_images(dataset)
         if categories is None:
@@ -191,21 +194,60 @@ class CocoDetection(Dataset[Sample]):
         """Chooses the random transforms of the items; reaches running workers too."""
         self._epoch.fill_(epoch)
 
-    def path_of(self, image_id: int) -> Path:
+    def path_of(self, image_id: int) -> ImageFile:
         return self.paths.images / self.coco.imgs[image_id]["file_name"]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def most_objects(self) -> int:
+        """Of one image, crowds included."""
+        return max((len(annotations) for annotations in self.coco.imgToAnns.values()), default=0)
+
     def __getitem__(self, index: int) -> Sample:
-        entry = self.coco.imgs[self.image_ids[index]]
+        entry = self._entry(index)
+        image = read_image(self.paths.images / entry["file_name"], (entry["width"], entry["height"]))
+        return self.transform(image, self._target(entry), self._generator(index, int(self._epoch)))
+
+    def raw(self, index: int) -> tuple[RawImage, Target]:
+        """The item with its pixels as they are in the file; ``raw_batch.collate_raw`` batches such items.
+
+        Raises:
+            ValueError: the data set has masks, which are only transformed with their image.
+        """
+        if self.with_masks:
+            raise ValueError("CocoDetection.raw: the data set must have no masks (with_masks is True)")
+        entry = self._entry(index)
         size = entry["width"], entry["height"]
-        image = read_image(self.paths.images / entry["file_name"], size)
+        pixels = np.asarray(read_image(self.paths.images / entry["file_name"], size))
+        generator = self._generator(index, int(self._epoch))
+        sketch, target = self.transform(Sketch.of_size(*size), self._target(entry), generator)
+        return RawImage(pixels, sketch), target
+
+    def size_of(
+        self,
+        index: int,
+        epoch: int | None = None,  # default: the one chosen last
+    ) -> tuple[int, int]:
+        """(height, width) of an item's pixels, without reading its file: 0.03 ms."""
+        entry = self._entry(index)
+        generator = self._generator(index, int(self._epoch) if epoch is None else epoch)
+        sketch, _ = self.transform(Sketch.of_size(entry["width"], entry["height"]), {}, generator)
+        return sketch.height, sketch.width
+
+    def _entry(self, index: int) -> dict[str, Any]:
+        return self.coco.imgs[self.image_ids[index]]
+
+    def _generator(self, index: int, epoch: int) -> torch.Generator:
+        return seeded(self.seed, epoch, index)
+
+    def _target(self, entry: Mapping[str, Any]) -> Target:
         annotations = self.coco.imgToAnns.get(entry["id"], ())
-        target = coco_target(*size, entry["id"], annotations, self.with_masks)
+        target = coco_target(entry["width"], entry["height"], entry["id"], annotations, self.with_masks)
         target.pop("keypoints", None)  # the transforms cannot know which of them a flip exchanges
         target["labels"] = torch.tensor([self._class_of[i] for i in target["labels"].tolist()], dtype=torch.int64)
-        return self.transform(image, target, seeded(self.seed, int(self._epoch), index))
+        return target
 
     def summary(self) -> str:
         """One line: images, objects, and everything that was dropped or changed."""
@@ -243,7 +285,7 @@ def _index(dataset: dict[str, Any], keep_segmentation: bool) -> COCO:
     return coco
 
 
-def _fatal_message(file: Path, faults: Sequence[Fault]) -> str:
+def _fatal_message(file: object, faults: Sequence[Fault]) -> str:
     listed = "".join(f"\n  {fault}" for fault in faults[:5])
     more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
     advice = 'correct them, or leave them out with on_fault="skip"'

@@ -1,7 +1,8 @@
 """Image transforms of DETR that keep boxes, masks and areas consistent with the pixels.
 
 A transform is called as ``(image, target, generator)``. Until ``Normalise``, the image is a PIL image and boxes are
-xyxy in its pixels; after it, ``pixels [3, h, w]`` and cxcywh in [0, 1]. Entries a target lacks are left alone, so an
+xyxy in its pixels; after it, ``pixels [3, h, w]`` and cxcywh in [0, 1]. A :class:`Sketch` instead of the image passes
+through with the same draws, without pixels. Entries a target lacks are left alone, so an
 empty dictionary transforms an image without targets. All randomness comes from the generator (None: torch's global
 one).
 Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, appendix A.4.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast.boxes import box_xyxy_to_cxcywh
+from detr_fast.data.sketch import Sketch
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 SCALES = tuple(range(480, 801, 32))
 
+Picture = TypeVar("Picture", Image.Image, Sketch)
 Target = dict[str, Tensor]
 Sample = tuple[Tensor, Target]
 
@@ -107,8 +110,8 @@ class Flip:
     probability: float = 0.5
 
     def __call__(
-        self, image: Image.Image, target: Target, generator: torch.Generator | None = None
-    ) -> tuple[Image.Image, Target]:
+        self, image: Picture, target: Target, generator: torch.Generator | None = None
+    ) -> tuple[Picture, Target]:
         return flip_horizontally(image, target) if _chance(self.probability, generator) else (image, target)
 
 
@@ -120,8 +123,8 @@ class Resize:
     max_size: int | None = None  # limit of the longer side
 
     def __call__(
-        self, image: Image.Image, target: Target, generator: torch.Generator | None = None
-    ) -> tuple[Image.Image, Target]:
+        self, image: Picture, target: Target, generator: torch.Generator | None = None
+    ) -> tuple[Picture, Target]:
         size = self.sizes[_integer(0, len(self.sizes) - 1, generator)]
         return resize(image, target, resized_size((image.height, image.width), size, self.max_size))
 
@@ -134,8 +137,8 @@ class Crop:
     max_size: int
 
     def __call__(
-        self, image: Image.Image, target: Target, generator: torch.Generator | None = None
-    ) -> tuple[Image.Image, Target]:
+        self, image: Picture, target: Target, generator: torch.Generator | None = None
+    ) -> tuple[Picture, Target]:
         width, height = (
             _integer(min(self.min_size, side), min(self.max_size, side), generator)
             for side in (image.width, image.height)
@@ -152,16 +155,19 @@ class Normalise:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
-    def __call__(self, image: Image.Image, target: Target, generator: torch.Generator | None = None) -> Sample:
-        # Reordered while it is bytes: 2.5 times faster than reordering floats.
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        pixels = pixels.sub_(mean).div_(std)
+    def __call__(
+        self, image: Image.Image | Sketch, target: Target, generator: torch.Generator | None = None
+    ) -> tuple[Any, Target]:
         target = dict(target)
         if "boxes" in target:
             size = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
             target["boxes"] = box_xyxy_to_cxcywh(target["boxes"]) / size
-        return pixels, target
+        if isinstance(image, Sketch):
+            return image.normalise(self.mean, self.std), target
+        # Reordered while it is bytes: 2.5 times faster than reordering floats.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std), target
 
 
 def resized_size(
@@ -183,7 +189,7 @@ def resized_size(
     return shorter, int(shorter * width / height)
 
 
-def resize(image: Image.Image, target: Target, size: tuple[int, int]) -> tuple[Image.Image, Target]:
+def resize(image: Picture, target: Target, size: tuple[int, int]) -> tuple[Picture, Target]:
     """Bilinear resize (antialiased) to ``size`` = (height, width)."""
     height, width = size
     x, y = width / image.width, height / image.height
@@ -199,7 +205,7 @@ def resize(image: Image.Image, target: Target, size: tuple[int, int]) -> tuple[I
     return resized, _with_size(target, size)
 
 
-def flip_horizontally(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+def flip_horizontally(image: Picture, target: Target) -> tuple[Picture, Target]:
     target = dict(target)
     if "boxes" in target:
         mirrored = target["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
@@ -209,9 +215,7 @@ def flip_horizontally(image: Image.Image, target: Target) -> tuple[Image.Image, 
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), target
 
 
-def crop(
-    image: Image.Image, target: Target, top: int, left: int, height: int, width: int
-) -> tuple[Image.Image, Target]:
+def crop(image: Picture, target: Target, top: int, left: int, height: int, width: int) -> tuple[Picture, Target]:
     """Cuts out a rectangle; boxes are clipped to it, and objects left without area are dropped.
 
     The area of what remains is that of the clipped box, as published, also for objects with a mask.

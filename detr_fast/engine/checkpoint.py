@@ -1,17 +1,12 @@
-"""Checkpoints of a run: plain tensors, numbers, strings, lists and dictionaries, written atomically.
-
-A file is either complete or not there: it is written under another name, flushed to the disk and renamed.
-"""
+"""Checkpoints of a run: plain tensors, numbers, strings, lists and dictionaries, written atomically."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import random
-import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +14,48 @@ import numpy as np
 import torch
 
 from detr_fast.engine.errors import CheckpointError, ForeignCheckpointError
+from detr_fast.files import replace_file
 
-FORMAT = 1
-
-
-def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Replaces a file by ``content``, so that a crash at any time leaves the old or the new file, never a part.
-
-    Raises:
-        OSError: the folder is missing, read-only or full; the old file is untouched.
-    """
-    path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    _replace(path, lambda file: file.write(data))
+FORMAT = 2
+LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"  # in the folder of a run
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Writes ``state`` (loadable with ``weights_only=True``) atomically."""
-    _replace(Path(path), lambda file: torch.save({"format": FORMAT, **state}, file))
+    """Writes ``state`` (loadable with ``weights_only=True``) atomically.
 
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    Raises:
+        CheckpointError: the disk is full, read-only or broken; what was there before is untouched.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_mask_of_permissions())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
+        replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the first behind the second
+        kept = "; the one before it is whole" if Path(path).exists() else ""
+        raise CheckpointError(f"checkpoint {path} cannot be written: {_cause(error)}{kept}") from error
 
 
-def _mask_of_permissions() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _cause(error: BaseException | None) -> str:
+    """The operating system's reason if there is one in the chain of exceptions, else the last line of the first."""
+    link = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes the renaming itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def keep_previous(folder: Path) -> None:
+    """Lets ``previous.pth`` be what ``last.pth`` is now, before that is replaced."""
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists():
+        return
+    link = folder / f".{PREVIOUS}.part"
+    link.unlink(missing_ok=True)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        link.hardlink_to(last)
+    except OSError:  # not every file system has links; for a moment there is no last.pth then
+        last.replace(previous)
+    else:
+        link.replace(previous)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -79,6 +68,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
+        _check_sums(path)
         # Published checkpoints hold the arguments of their training script; they must be told from damaged files.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -92,6 +82,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} has format {state['format']}, this version reads up to {FORMAT}: update detr_fast"
         )
     return state
+
+
+def _check_sums(path: Path) -> None:
+    """PyTorch reads tensors without looking at the check sums that it wrote: a flipped bit would be trained on."""
+    if not zipfile.is_zipfile(path):
+        return  # the format of PyTorch 1.5 and before, which has none
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} has another check sum than when it was written")
 
 
 def random_state() -> dict[str, Any]:

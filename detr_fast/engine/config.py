@@ -37,6 +37,11 @@ class DataConfig:
     published_ids: bool = setting(False, "class index = COCO category id (91 classes), as the published checkpoints")
     on_fault: Literal["raise", "skip"] = setting("raise", "an unreadable image stops, or is skipped and counted")
     workers: int = setting(2, "processes that read images (0: none)")
+    transform_on: Literal["auto", "workers", "device"] = setting(
+        "auto", "where training images are resized, to the same pixels (auto: on a GPU, where there is one)"
+    )
+    bucket_images: int = setting(4096, "images among which batches of like shapes are made (0: purely random)")
+    canvas_multiple: int = setting(1, "height and width of a training batch are rounded up to a multiple of it")
     scales: tuple[int, ...] = setting(tuple(range(480, 801, 32)), "shorter sides to draw from in training")
     max_size: int = setting(1333, "longest side, in training and evaluation")
     crop: bool = setting(True, "half the time: resize, crop, resize")
@@ -93,6 +98,7 @@ class OptimizerConfig:
     backbone_learning_rate: float = setting(1e-5, "learning rate of the backbone")
     weight_decay: float = setting(1e-4, "decoupled weight decay, on every parameter")
     clip_norm: float = setting(0.1, "largest norm of the gradient (0: no clipping)")
+    reference_batch: int = setting(0, "images a step that the rates are meant for; others scale them (0: never)")
 
 
 @dataclass
@@ -109,14 +115,41 @@ class TrainConfig:
     """The loop."""
 
     epochs: int = setting(300, "passes over the training split")
-    batch_size: int = setting(2, "images a step, of each process")
+    batch_size: int = setting(2, "images of each process in one forward pass")
+    accumulate: int = setting(1, "passes that make one step: the step of one batch so many times as large")
+    ema_decay: float = setting(0.0, "decay of averaged weights, which are evaluated and kept as the best (0: none)")
+    patience: int = setting(0, "evaluations without a better AP after which training ends (0: never)")
+    most_skipped: int = setting(10, "steps in a row that may be left out, being not finite, before the run stops")
     seed: int = setting(42, "of weights, dropout, order and transforms")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Literal["auto", "float32", "bf16"] = setting("auto", "auto: bf16 on a GPU that has it, else float32")
+    deterministic: bool = setting(False, "refuse operators whose result may differ from run to run; slower")
     output: str = setting("", "folder of the run (default: runs/MODEL-DATE)")
     log_steps: int = setting(50, "steps between lines of log.jsonl")
     checkpoint_steps: int = setting(1000, "steps between checkpoints inside an epoch (0: only at its end)")
     tensorboard: bool = setting(True, "write TensorBoard logs")
+    profile_steps: int = setting(0, "steps to profile, after some to warm up; writes profile/ in the run's folder")
+
+
+@dataclass
+class SpeedConfig:
+    """How a step is computed; nothing but rounding depends on it."""
+
+    tf32: bool = setting(True, "products of float32 matrices on tensor cores, with 10 bits of mantissa")
+    channels_last: bool = setting(True, "channels of the backbone's maps next to each other in memory")
+    fold_norms: bool = setting(True, "constant batch norm inside the convolution before it")
+    compile: bool = setting(False, "torch.compile of the backbone, for each canvas, and of the transformer, once")
+    graph: bool = setting(False, "whole steps as CUDA graphs, one for each canvas; on one GPU")
+    most_canvases: int = setting(16, "canvases that are compiled or have a graph, the others run without; see data")
+
+
+@dataclass
+class DistributedConfig:
+    """Several processes."""
+
+    timeout_seconds: int = setting(1800, "a process that answers no longer than this is taken for dead")
+    compress_gradients: bool = setting(False, "exchange gradients as bf16: half the traffic, 8 bits of mantissa")
+    shard_optimizer: bool = setting(False, "each process keeps the moments of its part of the parameters only")
 
 
 @dataclass
@@ -138,6 +171,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def with_overrides(self, overrides: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Config:
@@ -183,19 +218,26 @@ class Config:
         """What a type does not express: ranges, and names of models."""
         _options_of_model(self.model.name)
         at_least: dict[int, tuple[str, ...]] = {
-            1: ("train.epochs", "train.batch_size", "train.log_steps", "evaluate.batch_size"),
+            1: ("train.epochs", "train.batch_size", "train.log_steps", "train.accumulate", "evaluate.batch_size"),
             0: ("data.workers", "data.max_size", "optimizer.learning_rate", "optimizer.backbone_learning_rate"),
         }
+        at_least[1] += ("data.canvas_multiple",)
+        at_least[0] += ("data.bucket_images",)
         at_least[0] += ("data.evaluation_size", "train.seed", "loss.ce", "loss.bbox", "loss.giou")
         at_least[0] += ("matcher.cost_class", "matcher.cost_bbox", "matcher.cost_giou")
         at_least[0] += ("optimizer.weight_decay", "optimizer.clip_norm", "schedule.drop_epoch", "schedule.drop_factor")
         at_least[0] += ("schedule.warmup_steps", "train.checkpoint_steps", "evaluate.every", "loss.eos_coef")
+        at_least[0] += ("train.ema_decay", "train.patience", "train.most_skipped", "train.profile_steps")
+        at_least[0] += ("optimizer.reference_batch",)
+        at_least[1] += ("speed.most_canvases", "distributed.timeout_seconds")
         for least, keys in at_least.items():
             for key in keys:
                 section, name = key.split(".")
                 value = getattr(getattr(self, section), name)
                 if not value >= least:
                     raise ConfigError(f"{key} must be at least {least}, got {value!r}")
+        if self.train.ema_decay >= 1:
+            raise ConfigError(f"train.ema_decay must be below 1, got {self.train.ema_decay!r}")
         for name in ("num_queries", "hidden_dim", "nheads", "dec_layers", "dim_feedforward"):
             if self.model.options.get(name, 1) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {self.model.options[name]!r}")

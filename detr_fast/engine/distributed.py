@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-Value = TypeVar("Value")
+from detr_fast.engine.errors import LostContact
 
-# A rank that waits longer than this for another one assumes that it has died.
-TIMEOUT = datetime.timedelta(minutes=30)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,14 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[Processes]:
+def processes(device: str, timeout_seconds: int = 1800) -> Iterator[Processes]:
     """Joins the process group that ``torchrun`` announced, and leaves it.
 
     On an error the group is left at once, without waiting: the others get an error from their next exchange instead of
     hanging, and ``torchrun`` stops them.
+
+    Raises:
+        LostContact: another process ended, or did not answer for ``timeout_seconds``.
     """
     chosen = choose_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -85,12 +87,21 @@ def processes(device: str) -> Iterator[Processes]:
         return
     # NCCL moves tensors between GPUs; objects (detections, flags) go through gloo without touching the GPU's stream.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
         dist.barrier()
+    except RuntimeError as error:
+        # The first line says what happened, the rest where in the library.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, dist.DistError) or "gloo/transport" in reason:
+            raise LostContact(
+                f"another process ended or does not answer ({reason[:200]}); start all of them again with --resume"
+            ) from error
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class SharedFlag:
@@ -124,3 +135,24 @@ class SharedFlag:
             self._pending[1].wait()
             self._pending = None
         return self.processes.any(self.is_set)
+
+
+@contextlib.contextmanager
+def caught_signals(flag: SharedFlag) -> Iterator[SharedFlag]:
+    """SIGTERM and the first SIGINT set the flag; a second SIGINT interrupts at once."""
+
+    def catch(number: int, frame: Any) -> None:
+        if flag.is_set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.is_set, flag.signal_number = True, number
+
+    try:
+        before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,6 +26,10 @@ class TrainingError(EngineError):
     """Training cannot go on; the message names the step, its images and the last good checkpoint."""
 
 
+class LostContact(EngineError):
+    """Another process ended or cannot be reached; the run continues from its last checkpoint."""
+
+
 class Interrupted(Exception):
     """A signal ended the run after it was saved."""
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from detr_fast.data.batch import EvaluationSampler, TrainingSampler, collate
+from detr_fast.data.batch import Batch, EvaluationSampler, TrainingSampler, collate
 from detr_fast.data.coco import Categories, CocoDetection
 from detr_fast.data.faults import DataFault
 from detr_fast.data.layouts import find_split
-from detr_fast.data.transforms import evaluation_transform, train_transform
+from detr_fast.data.raw_batch import RawBatch, collate_raw
+from detr_fast.data.sketch import RawImage
+from detr_fast.data.transforms import Target, evaluation_transform, train_transform
 from detr_fast.engine.config import Config, DataConfig
 from detr_fast.engine.distributed import Processes
 from detr_fast.engine.errors import ConfigError
@@ -58,31 +60,115 @@ def _given(data: DataConfig) -> str | None:
 
 
 class TrainingLoader:
-    """Batches of the training split in an order that depends on seed and epoch only."""
+    """Batches of the training split on the run's device, in an order that depends on seed and epoch only.
+
+    Images are transformed by the workers or, with ``data.transform_on``, on the device, to the same bits.
+    """
 
     def __init__(self, dataset: CocoDetection, config: Config, processes: Processes):
-        self.dataset = dataset
+        self.dataset, self.device = dataset, processes.device
+        data = config.data
         self.sampler = TrainingSampler(
-            len(dataset), config.train.batch_size, config.train.seed, processes.rank, processes.count
+            len(dataset),
+            config.train.batch_size,
+            config.train.seed,
+            processes.rank,
+            processes.count,
+            group=config.train.accumulate,
+            bucket_images=data.bucket_images,
+            shape_of=dataset.size_of,
         )
-        workers = config.data.workers
+        is_raw = transforms_on_device(data.transform_on, dataset, self.device)
         self.loader = DataLoader(
-            dataset,
+            RawItems(dataset) if is_raw else dataset,
             batch_sampler=self.sampler,
-            collate_fn=functools.partial(collate, num_classes=dataset.categories.num_classes),
-            **loader_options(workers, processes.device),
+            collate_fn=functools.partial(
+                collate_raw if is_raw else collate,
+                num_classes=dataset.categories.num_classes,
+                canvas_multiple=data.canvas_multiple,
+            ),
+            **loader_options(data.workers, self.device),
         )
 
     @property
     def batches(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches of a whole epoch, of this process."""
         return self.sampler.batches
 
-    def start(self, epoch: int, batch: int = 0) -> DataLoader[Any]:
-        """The batches of an epoch from batch ``batch`` on."""
+    def batches_left(self, images: int) -> int:
+        """Batches of an epoch, of this process, after ``images`` images of all processes."""
+        return self.sampler.batches_left(images)
+
+    def start(self, epoch: int, images: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, on the device, after ``images`` images of all processes.
+
+        On a GPU the next batch is uploaded and transformed while the current one is used. A damaged image file raises a
+        DataFault that names it.
+        """
         self.dataset.set_epoch(epoch)
-        self.sampler.set_epoch(epoch, batch)
-        return self.loader
+        self.sampler.set_epoch(epoch, images)
+        return ahead(naming_faults(self.loader), self.device)
+
+
+class RawItems(Dataset[Any]):
+    """The items of a data set with their pixels as they are in the files."""
+
+    def __init__(self, dataset: CocoDetection):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[RawImage, Target]:
+        return self.dataset.raw(index)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def transforms_on_device(
+    choice: Literal["auto", "workers", "device"], dataset: CocoDetection, device: torch.device
+) -> bool:
+    """What ``data.transform_on`` means here: ``auto`` is the device if that is a GPU and there are no masks.
+
+    Raises:
+        ConfigError: the device is asked for and the targets have masks.
+    """
+    if choice == "device" and dataset.with_masks:
+        raise ConfigError("data.transform_on must be workers or auto where targets have masks, got device")
+    return choice == "device" or (choice == "auto" and device.type == "cuda" and not dataset.with_masks)
+
+
+def ahead(batches: Iterable[Batch | RawBatch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on a device, transformed where that is still to do.
+
+    On CUDA the next one is uploaded and transformed on a stream of its own before the current one is handed over:
+    nothing waits for it on the host, and the current stream only once it is due.
+    """
+    if device.type != "cuda":
+        yield from (finished(batch, device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    iterator = iter(batches)
+
+    def upload() -> Batch | None:
+        batch = next(iterator, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(stream):
+            return finished(batch, device)
+
+    following = upload()
+    while following is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        batch = following
+        for tensor in batch.tensors():
+            tensor.record_stream(current)
+        following = upload()
+        yield batch
+
+
+def finished(batch: Batch | RawBatch, device: torch.device) -> Batch:
+    moved = batch.to(device)
+    return moved.finished() if isinstance(moved, RawBatch) else moved
 
 
 def evaluation_loader(dataset: CocoDetection, batch_size: int, workers: int, processes: Processes) -> DataLoader[Any]:

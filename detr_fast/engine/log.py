@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_fast.engine.checkpoint import write_atomically
 from detr_fast.engine.distributed import Processes
+from detr_fast.files import write_atomically
 
 
 class LossSums:
-    """Sums of losses since the last line of the log and over the epoch, and the first step that was not finite.
+    """Sums of losses since the last line of the log and over the epoch, of the steps that were not skipped.
 
     All on the device: adding a step launches a few small kernels and waits for nothing.
     """
@@ -31,43 +31,32 @@ class LossSums:
     def __init__(self, device: torch.device):
         self.device = device
         self.names: tuple[str, ...] = ()
-        self.sums = torch.zeros(len(self.ROWS), 0, dtype=torch.float64, device=device)  # [2, terms]
-        self.steps = [0, 0]
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(len(self.ROWS), 1, dtype=torch.float64, device=device)  # [2, terms + steps]
 
-    def add(self, total: Tensor, losses: Mapping[str, Tensor], step: int) -> None:
-        """Adds the 0-d losses of one step; their total is what must be finite, and every ``*norm``."""
+    def add(self, losses: Mapping[str, Tensor], was_skipped: Tensor) -> None:
+        """Adds the 0-d losses of one step."""
         if not self.names:
-            self.names = ("loss", *sorted(losses))
-            self.sums = torch.zeros(len(self.ROWS), len(self.names), dtype=torch.float64, device=self.device)
-        values = torch.stack([total.detach(), *(losses[name].detach() for name in self.names[1:])])
-        self.sums += values.double()
-        checked = torch.stack([total.detach(), *(x.detach() for name, x in losses.items() if name.endswith("norm"))])
-        self.bad_step.masked_fill_(~torch.isfinite(checked).all() & (self.bad_step < 0), step)
-        self.steps = [count + 1 for count in self.steps]
+            self.names = tuple(losses)
+            self.sums = torch.zeros(len(self.ROWS), len(losses) + 1, dtype=torch.float64, device=self.device)
+        values = torch.stack([*losses.values(), torch.ones_like(losses[self.names[0]])])
+        self.sums += values.double().masked_fill(was_skipped, 0)
 
     def read(self, row: str, processes: Processes | None = None) -> dict[str, float]:
         """Means since the row was cleared, of all ``processes`` if given (all must call). Waits for the device."""
-        index = self.ROWS.index(row)
-        values = self.sums[index].tolist()
+        values = self.sums[self.ROWS.index(row)].tolist()
         if processes is not None:
-            values = [sum(column) / processes.count for column in zip(*processes.gather(values), strict=True)]
-        return {name: value / max(self.steps[index], 1) for name, value in zip(self.names, values, strict=True)}
-
-    def first_bad_step(self) -> int:
-        """The first step that was not finite, or -1. Waits for the device."""
-        return int(self.bad_step)
+            values = [sum(column) for column in zip(*processes.gather(values), strict=True)]
+        *values, steps = values
+        return {name: value / steps if steps else math.nan for name, value in zip(self.names, values, strict=True)}
 
     def clear(self, row: str) -> None:
-        index = self.ROWS.index(row)
-        self.sums[index].zero_()
-        self.steps[index] = 0
+        self.sums[self.ROWS.index(row)].zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"names": list(self.names), "sums": self.sums.to("cpu", copy=True), "steps": list(self.steps)}
+        return {"names": list(self.names), "sums": self.sums.to("cpu", copy=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.names, self.steps = tuple(state["names"]), list(state["steps"])
+        self.names = tuple(state["names"])
         self.sums = state["sums"].to(self.device, copy=True)
 
 

@@ -5,27 +5,31 @@ A step reads nothing back from the device: losses are summed there and read when
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
-import signal
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from detr_fast.engine.checkpoint import load_checkpoint, write_atomically
+from detr_fast.data.batch import Batch
+from detr_fast.engine.build import build_run, learns_from_nothing
+from detr_fast.engine.checkpoint import LAST
 from detr_fast.engine.config import Config
-from detr_fast.engine.distributed import SharedFlag, processes
-from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted
+from detr_fast.engine.distributed import SharedFlag, caught_signals, processes
+from detr_fast.engine.errors import Interrupted, TrainingError
 from detr_fast.engine.evaluate import Evaluation, evaluate
 from detr_fast.engine.loaders import naming_faults
 from detr_fast.engine.log import duration
-from detr_fast.engine.run import LAST, Run, build_run, learns_from_nothing
-from detr_fast.engine.step import check_finite, training_step
+from detr_fast.engine.optimizer import learning_rate_factor, set_learning_rates
+from detr_fast.engine.profile import Profile
+from detr_fast.engine.rates import Rates, rates_text
+from detr_fast.engine.resume import choose_folder, find_checkpoint, load_to_continue
+from detr_fast.engine.run import Run
+from detr_fast.engine.speed import arithmetic
+from detr_fast.files import write_atomically
 
 
 def train(config: Config, resume: str | Path | None = None) -> Path:
@@ -36,15 +40,19 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
         resume: a run's folder or ``last.pth`` to continue; the settings may differ from those it was started with.
 
     Raises:
-        ConfigError, DataFault, CheckpointError: something given cannot be used.
-        TrainingError: the loss or a gradient was not finite.
+        ConfigError, DataFault, CheckpointError: something given cannot be used, or a checkpoint cannot be written.
+        TrainingError: too many steps in a row were not finite.
+        LostContact: another process ended or does not answer.
         Interrupted: SIGTERM or SIGINT came; the run was saved first.
     """
-    with processes(config.train.device) as joined:
+    with (
+        processes(config.train.device, config.distributed.timeout_seconds) as joined,
+        arithmetic(config.speed.tf32, config.train.deterministic),
+    ):
         path = find_checkpoint(resume) if resume else None
-        folder = joined.broadcast(_choose_folder(config, path))
+        folder = joined.broadcast(choose_folder(config, path))
         config = config.with_overrides({"train.output": str(folder)})
-        state = load_checkpoint(path) if path else None
+        state = load_to_continue(path) if path else None
         run = build_run(config, joined, folder, resumed=state is not None)
         if state is not None and path is not None:
             run.restore(state, path)
@@ -56,51 +64,11 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
             write_atomically(folder / "config.json", _json(config.to_dict()))
         _introduce(run, path)
         try:
-            with _caught_signals(SharedFlag(joined)) as stop:
-                _epochs(run, stop)
+            with caught_signals(SharedFlag(joined)) as stop, Profile(run, config.train.profile_steps) as profile:
+                _epochs(run, stop, profile)
         finally:
             run.log.close()
             run.leave()
-    return folder
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """``last.pth`` of a run's folder, or the file itself; ``latest`` is that of the newest folder in ``runs``."""
-    if path == "latest":
-        runs = sorted(Path("runs").glob(f"*/{LAST}"), key=lambda file: file.stat().st_mtime)
-        if not runs:
-            raise CheckpointError(f"no run to continue: there is no runs/*/{LAST} here; give its folder")
-        return runs[-1]
-    path = Path(path)
-    found = path / LAST if path.is_dir() else path
-    if not found.is_file():
-        raise CheckpointError(f"checkpoint {found} does not exist")
-    return found
-
-
-def settings_of_run(checkpoint: Path) -> Config:
-    """The settings a checkpoint was trained with, as ``config.json`` beside it says them, or itself."""
-    file = checkpoint.parent / "config.json"
-    return Config.load(file) if file.exists() else Config.from_dict(load_checkpoint(checkpoint)["config"])
-
-
-def _choose_folder(config: Config, checkpoint: Path | None) -> Path:
-    """The folder of the run; a new run does not overwrite an old one."""
-    if checkpoint is not None:
-        folder = Path(config.train.output or checkpoint.parent).absolute()
-        if folder.resolve() != checkpoint.parent.resolve() and (folder / LAST).exists():
-            raise ConfigError(
-                f"train.output: {folder} holds another run than {checkpoint}, which is to be continued; "
-                "choose another folder, or none to continue where it is"
-            )
-        return folder
-    if not config.train.output:
-        return Path("runs", f"{config.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}").absolute()
-    folder = Path(config.train.output).absolute()
-    if (folder / LAST).exists():
-        raise ConfigError(
-            f"train.output: {folder} holds a run already; continue it with --resume {folder} or choose another"
-        )
     return folder
 
 
@@ -110,144 +78,153 @@ def _json(value: Any) -> str:
 
 def _introduce(run: Run, resumed: Path | None) -> None:
     """Says what is about to be trained."""
-    say, data = run.log.say, run.loader.dataset
+    say, data, config = run.log.say, run.loader.dataset, run.config
     say(f"train      {data.summary()}")
     if run.evaluation is not None:
         say(f"evaluate   {run.evaluation.summary()}")
     count = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    say(f"model      {run.config.model.name}, {count:,} parameters, {trained:,} of them trained")
+    say(f"model      {config.model.name}, {count:,} parameters, {trained:,} of them trained")
+    if resumed is None and config.model.weights:
+        fresh = ", class layer new" if config.model.new_classes else ""
+        say(f"weights    {config.model.weights}{fresh}")
     for group in run.optimizer.param_groups:
         size = sum(p.numel() for p in group["params"])
         say(f"optimizer  {group['name']}: {size:,} parameters, learning rate {group['initial_lr']:g}")
     precision = str(run.precision).removeprefix("torch.")
-    say(f"device     {run.device}, {precision}, {run.processes.count} process(es)")
+    say(f"device     {run.device}, {precision}, {run.processes.count} process(es), {run.images_of_step} images a step")
     place = f", continuing {resumed} after step {run.place.step}" if resumed else ""
     say(f"run        {run.folder}{place}")
-    if resumed is None and learns_from_nothing(run.config, run.model):
+    if resumed is None and learns_from_nothing(config, run.model):
         say(
-            f"warning    {run.config.model.name} has the constant norms and the constant stem of a published backbone, "
+            f"warning    {config.model.name} has the constant norms and the constant stem of a published backbone, "
             "which do not learn: give model.weights or model.backbone_weights, or train detr_small from nothing"
         )
-    if run.place.epoch >= run.config.train.epochs:
-        say(f"done       all {run.config.train.epochs} epochs are trained; more with --train.epochs=N")
+    if run.place.epoch >= config.train.epochs:
+        say(f"done       all {config.train.epochs} epochs are trained; more with --train.epochs=N")
 
 
-@contextlib.contextmanager
-def _caught_signals(flag: SharedFlag) -> Iterator[SharedFlag]:
-    """SIGTERM and the first SIGINT set the flag; a second SIGINT interrupts at once."""
-
-    def catch(number: int, frame: Any) -> None:
-        if flag.is_set and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        flag.is_set, flag.signal_number = True, number
-
-    try:
-        before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: signals are someone else's
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _epochs(run: Run, stop: SharedFlag) -> None:
-    while run.place.epoch < run.config.train.epochs:
+def _epochs(run: Run, stop: SharedFlag, profile: Profile) -> None:
+    while run.place.epoch < run.config.train.epochs and not _is_stale(run):
         started = time.monotonic() - run.place.seconds
-        waited = _steps(run, stop, started)
+        rates = _steps(run, stop, started, profile)
         run.place.seconds = time.monotonic() - started
         run.save()
         result = _evaluate(run, stop)
-        _finish_epoch(run, result, waited)
+        _finish_epoch(run, result, rates)
         run.save()
         if stop.agree():
             raise Interrupted(stop.signal_number, run.folder / LAST)
 
 
-def _steps(run: Run, stop: SharedFlag, started: float) -> float:
-    """The rest of the epoch; returns the seconds in which the model waited for data."""
+def _is_stale(run: Run) -> bool:
+    patience, place = run.config.train.patience, run.place
+    if not patience or place.stale < patience:
+        return False
+    run.log.say(
+        f"stopped    no better AP than {place.best_ap:.3f} of epoch {place.best_epoch + 1} in {place.stale} evaluations"
+    )
+    return True
+
+
+def _steps(run: Run, stop: SharedFlag, started: float, profile: Profile) -> dict[str, float]:
+    """The rest of the epoch; returns its rates."""
     config, place = run.config.train, run.place
-    recent: dict[int, tuple[int, ...]] = {}  # image ids of the steps whose losses were not read yet
-    clock = _Clock()
-    bar = _progress(run)
-    if place.batch < run.loader.batches:
-        batches = naming_faults(run.loader.start(place.epoch, place.batch))
-        for batch in clock.timed(batches):
-            recent[place.step] = batch.image_ids
-            training_step(run, batch)
-            place.step += 1
-            place.batch += 1
-            clock.images += len(batch) * run.processes.count
+    recent: dict[int, tuple[int, ...]] = {}  # image ids of the steps that were not looked at yet
+    rates = Rates(run.device)
+    with _progress(run) as bar:
+        for batches in _grouped(run, rates):
+            recent[place.step] = tuple(image for batch in batches for image in batch.image_ids)
+            _step(run, batches)
+            for batch in batches:
+                rates.add(batch, len(batch) * run.processes.count)
             bar.update()
+            profile.step()
             if place.step % config.log_steps == 0:
-                bar.set_postfix(loss=f"{_log_interval(run, recent, clock):.3f}", refresh=False)
+                bar.set_postfix_str(_log_interval(run, recent, rates), refresh=False)
             should_stop = stop.exchange()
             is_due = bool(config.checkpoint_steps) and place.step % config.checkpoint_steps == 0
-            if should_stop or (is_due and place.batch < run.loader.batches):
+            if should_stop or (is_due and run.loader.batches_left(place.images)):
                 place.seconds = time.monotonic() - started
-                check_finite(run, recent)
+                report_skipped(run, recent)
                 run.save()
             if should_stop:
-                bar.close()
                 raise Interrupted(stop.signal_number, run.folder / LAST)
-    bar.close()
-    check_finite(run, recent)
-    return clock.all_waited
+    report_skipped(run, recent)
+    return rates.of_epoch()
+
+
+def _grouped(run: Run, rates: Rates) -> Iterator[list[Batch]]:
+    """The batches of one step after the other, from where the epoch stands."""
+    if run.loader.batches_left(run.place.images) == 0:
+        return
+    batches = rates.timed(naming_faults(run.loader.start(run.place.epoch, run.place.images)))
+    while group := list(islice(batches, run.config.train.accumulate)):
+        yield group
+
+
+def _step(run: Run, batches: list[Batch]) -> None:
+    place = run.place
+    set_learning_rates(run.optimizer, learning_rate_factor(run.config.schedule, place.step, place.epoch))
+    result = run.step(batches)
+    run.sums.add(result.losses, result.was_skipped)
+    run.skipped.add(result, place.step)
+    if run.average is not None:
+        run.average.update(place.step)
+    place.step += 1
+    place.images += run.images_of_step
 
 
 def _progress(run: Run) -> tqdm[Any]:
     """A bar of the epoch, where there is a terminal."""
+    accumulate, batches = run.config.train.accumulate, run.loader.batches
+    done = batches - run.loader.batches_left(run.place.images)
     return tqdm(
-        total=run.loader.batches,
-        initial=run.place.batch,
+        total=batches // accumulate,
+        initial=done // accumulate,
         desc=f"epoch {run.place.epoch + 1}/{run.config.train.epochs}",
-        unit="batch",
+        unit="step",
         leave=False,
         disable=None if run.processes.is_main else True,
     )
 
 
-class _Clock:
-    """Rate of images and time spent waiting for data since the last line of the log."""
-
-    def __init__(self) -> None:
-        self.started, self.waited, self.all_waited, self.images = time.monotonic(), 0.0, 0.0, 0
-
-    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            before = time.monotonic()
-            batch = next(batches, None)
-            waited = time.monotonic() - before
-            self.waited += waited
-            self.all_waited += waited
-            if batch is None:
-                return
-            yield batch
-
-    def read(self) -> dict[str, float]:
-        elapsed = max(time.monotonic() - self.started, 1e-9)
-        values = {"images_per_second": self.images / elapsed, "data_share": self.waited / elapsed}
-        self.started, self.waited, self.images = time.monotonic(), 0.0, 0
-        return values
-
-
-def _log_interval(run: Run, recent: dict[int, tuple[int, ...]], clock: _Clock) -> float:
-    """Writes the means since the last line; returns the loss."""
-    check_finite(run, recent)
-    recent.clear()
+def _log_interval(run: Run, recent: dict[int, tuple[int, ...]], rates: Rates) -> str:
+    """Writes the means since the last line; returns what the terminal shows of it."""
+    report_skipped(run, recent)
     means = run.sums.read("interval", run.processes)
     run.sums.clear("interval")
-    rates = {f"learning_rate_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
-    if (skipped := run.criterion.matcher_report()) is not None:
-        run.log.say(f"step {run.place.step}: left out of the matching: {skipped}")
-    memory = {}
-    if run.device.type == "cuda":
-        memory["memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
-    run.log.write("step", run.place.step, run.place.epoch, {**means, **rates, **clock.read(), **memory})
-    return means["loss"]
+    factor = learning_rate_factor(run.config.schedule, run.place.step - 1, run.place.epoch)
+    learning = {f"learning_rate_{g['name']}": g["initial_lr"] * factor for g in run.optimizer.param_groups}
+    if (unmatched := run.criterion.matcher_report()) is not None:
+        run.log.say(f"step {run.place.step}: left out of the matching: {unmatched}")
+    measured = rates.read()
+    counted = {"skipped": run.skipped.total}
+    run.log.write("step", run.place.step, run.place.epoch, {**means, **learning, **measured, **counted})
+    return f"loss {means.get('loss', float('nan')):.3f}, {rates_text(measured)}"
+
+
+def report_skipped(run: Run, recent: dict[int, tuple[int, ...]]) -> None:
+    """Says which of the ``recent`` steps were left out, and why. Waits for the device; all processes must call.
+
+    Raises:
+        TrainingError: more than ``train.most_skipped`` in a row were.
+    """
+    skipped = run.skipped.read(recent, run.processes)
+    recent.clear()
+    if skipped is None:
+        return
+    where = f"epoch {run.place.epoch + 1}"
+    for reason in skipped.reasons:
+        run.log.say(f"left out   {where}, {reason}")
+    if skipped.count > len(skipped.reasons):
+        run.log.say(f"left out   {where}, and {skipped.count - len(skipped.reasons)} more steps")
+    if skipped.longest > run.config.train.most_skipped:
+        good = f"last good checkpoint: {run.last_good}" if run.last_good else "there is no checkpoint yet"
+        raise TrainingError(
+            f"{where}: {skipped.longest} steps in a row were not finite and changed nothing, more than "
+            f"train.most_skipped={run.config.train.most_skipped}; {skipped.reasons[0]}; {good}"
+        )
 
 
 def _evaluate(run: Run, stop: SharedFlag) -> Evaluation | None:
@@ -258,7 +235,7 @@ def _evaluate(run: Run, stop: SharedFlag) -> Evaluation | None:
         return None
     run.share_buffers()
     result = evaluate(
-        run.model,
+        run.evaluated,
         run.evaluation,
         batch_size=run.config.evaluate.batch_size,
         workers=run.config.data.workers,
@@ -273,33 +250,27 @@ def _evaluate(run: Run, stop: SharedFlag) -> Evaluation | None:
     return result
 
 
-def _finish_epoch(run: Run, result: Evaluation | None, waited: float) -> None:
+def _finish_epoch(run: Run, result: Evaluation | None, rates: dict[str, float]) -> None:
     """Logs the epoch, keeps the best weights and moves on to the next."""
     place, config = run.place, run.config
     means = run.sums.read("epoch", run.processes)
     numbers = result.numbers if result is not None else {}
-    extra = {"seconds": place.seconds, "data_seconds": waited}
-    run.log.write("epoch", place.step, place.epoch, {**means, **numbers, **extra})
+    run.log.write("epoch", place.step, place.epoch, {**means, **numbers, **rates, "seconds": place.seconds})
     left = duration(place.seconds * (config.train.epochs - place.epoch - 1))
     shown = f"  AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}" if numbers else ""
-    rate = run.loader.batches * config.train.batch_size * run.processes.count / max(place.seconds, 1e-9)
     run.log.say(
-        f"epoch {place.epoch + 1}/{config.train.epochs}  loss {means['loss']:.3f}{shown}  "
-        f"{rate:.1f} images/s  {duration(place.seconds)}  {left} left"
+        f"epoch {place.epoch + 1}/{config.train.epochs}  loss {means.get('loss', float('nan')):.3f}{shown}  "
+        f"{rates_text(rates)}  {duration(place.seconds)}  {left} left"
     )
     if result is not None:
-        place.best_ap, place.best_epoch, is_best = _best(place.best_ap, place.best_epoch, result, place.epoch)
+        is_best = place.best_epoch < 0 or numbers["AP"] > place.best_ap
+        place.stale = 0 if is_best else place.stale + 1
+        if is_best:
+            place.best_ap, place.best_epoch = numbers["AP"], place.epoch
         if run.processes.is_main:
             write_atomically(run.folder / "evaluation.json", _json(result.to_dict() | {"epoch": place.epoch}))
         if is_best:
             run.save_best()
     run.sums.clear("epoch")
-    place.epoch, place.batch, place.seconds = place.epoch + 1, 0, 0.0
+    place.epoch, place.images, place.seconds = place.epoch + 1, 0, 0.0
     run.loader.sampler.set_epoch(place.epoch)
-
-
-def _best(best_ap: float, best_epoch: int, result: Evaluation, epoch: int) -> tuple[float, int, bool]:
-    ap = result.numbers["AP"]
-    if best_epoch < 0 or ap > best_ap:
-        return ap, epoch, True
-    return best_ap, best_epoch, False

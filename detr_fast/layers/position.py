@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.structures import Images, offsets_of
@@ -39,43 +40,48 @@ class Cells:
 
         All is computed on the host from the image sizes and moved in one copy, without synchronisation.
         """
-        canvas = images.pixels.shape[-2:]
-        sizes = tuple((cells_inside(h, canvas[0], height), cells_inside(w, canvas[1], width)) for h, w in images.sizes)
-        lists: list[list[Tensor]] = [[] for _ in range(7)]
-        rows_before = columns_before = 0
-        for image, (rows, columns) in enumerate(sizes):
-            row, column = torch.arange(rows), torch.arange(columns)
-            place = (image * height + row)[:, None] * width + column
-            of_image = (
-                place.flatten(),
-                (rows_before + row)[:, None].expand(rows, columns).flatten(),
-                (columns_before + column)[None].expand(rows, columns).flatten(),
-                row,
-                torch.full((rows,), rows),
-                column,
-                torch.full((columns,), columns),
-            )
-            for whole, part in zip(lists, of_image, strict=True):
-                whole.append(part)
-            rows_before, columns_before = rows_before + rows, columns_before + columns
-        counts = [rows * columns for rows, columns in sizes]
-        offsets = offsets_of(counts)
-        parts = [torch.cat(x) for x in lists]
-        lengths = [len(x) for x in parts]
-        moved = _move(torch.cat([*parts, offsets.long()]), images.pixels.device).split([*lengths, len(offsets)])
-        place, row, column, row_number, row_count, column_number, column_count, offsets = moved
+        if isinstance(images, StaticImages):
+            return images.cells(height, width)
+        parts, sizes = _cells_on_host(images, height, width)
+        return cls._moved(parts, sizes, (height, width), images.pixels.device)
+
+    @classmethod
+    def with_capacity(cls, images: Images, height: int, width: int) -> Cells:
+        """The same in tensors that have room for the whole map, whatever the sizes; see :meth:`copy_`."""
+        parts, sizes = _cells_on_host(images, height, width)
+        room = _room(len(images), height, width)
+        # Spare entries point at the first cell; counts of 1 keep their coordinates finite.
+        spare = (0, 0, 0, 0, 1, 0, 1, 0)
+        padded = [
+            F.pad(part, (0, length - len(part)), value=value)
+            for part, length, value in zip(parts, room, spare, strict=True)
+        ]
+        cells = cls._moved(padded, sizes, (height, width), images.pixels.device)
+        return replace(cells, max_count=height * width, sizes=((height, width),) * len(images))
+
+    def copy_(self, images: Images) -> None:
+        """Takes over the cells of other images on a canvas of the same size; one asynchronous copy and a few launches.
+
+        Only of cells :meth:`with_capacity`.
+        """
+        other = Cells.with_capacity(images, *self.shape)
+        for name in ("place", "row", "column", "row_number", "row_count", "column_number", "column_count", "offsets"):
+            getattr(self, name).copy_(getattr(other, name))
+
+    @classmethod
+    def _moved(
+        cls,
+        parts: list[Tensor],
+        sizes: tuple[tuple[int, int], ...],
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> Cells:
+        place, row, column, row_number, row_count, column_number, column_count, offsets = _move(
+            torch.cat(parts), device
+        ).split([len(part) for part in parts])
+        most = max(rows * columns for rows, columns in sizes)
         return cls(
-            place,
-            row,
-            column,
-            row_number,
-            row_count,
-            column_number,
-            column_count,
-            offsets.int(),
-            max(counts),
-            sizes,
-            (height, width),
+            place, row, column, row_number, row_count, column_number, column_count, offsets.int(), most, sizes, shape
         )
 
     def gather(self, feature: Tensor) -> Tensor:  # [B, D, height, width] -> [M, D]
@@ -86,6 +92,62 @@ class Cells:
         feature = tokens.new_zeros((len(self.sizes) * height * width, tokens.shape[-1]))
         feature = feature.index_copy(0, self.place, tokens)
         return feature.unflatten(0, (len(self.sizes), height, width)).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class StaticImages(Images):
+    """Images in memory whose addresses and shapes never change, as a CUDA graph needs it; also their cells."""
+
+    known: dict[tuple[int, int], Cells] = field(default_factory=dict)  # by the feature map's (height, width)
+
+    @classmethod
+    def like(cls, images: Images) -> StaticImages:
+        """A copy of a batch, with room for any other batch of as many images on the same canvas."""
+        with torch.inference_mode(False):
+            return cls(images.pixels.clone(), images.padding.clone(), images.sizes)
+
+    def copy_(self, images: Images) -> None:
+        """Takes over pixels and sizes of another batch; nothing is read back."""
+        self.pixels.copy_(images.pixels, non_blocking=True)
+        self.padding.copy_(images.padding, non_blocking=True)
+        for cells in self.known.values():
+            cells.copy_(images)
+
+    def cells(self, height: int, width: int) -> Cells:
+        if (height, width) not in self.known:
+            self.known[height, width] = Cells.with_capacity(self, height, width)
+        return self.known[height, width]
+
+
+def _cells_on_host(images: Images, height: int, width: int) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
+    """The index tensors of :class:`Cells`, all int64, in their order, offsets last; (rows, columns) of each image."""
+    canvas = images.pixels.shape[-2:]
+    sizes = tuple((cells_inside(h, canvas[0], height), cells_inside(w, canvas[1], width)) for h, w in images.sizes)
+    lists: list[list[Tensor]] = [[] for _ in range(7)]
+    rows_before = columns_before = 0
+    for image, (rows, columns) in enumerate(sizes):
+        row, column = torch.arange(rows), torch.arange(columns)
+        place = (image * height + row)[:, None] * width + column
+        of_image = (
+            place.flatten(),
+            (rows_before + row)[:, None].expand(rows, columns).flatten(),
+            (columns_before + column)[None].expand(rows, columns).flatten(),
+            row,
+            torch.full((rows,), rows),
+            column,
+            torch.full((columns,), columns),
+        )
+        for whole, part in zip(lists, of_image, strict=True):
+            whole.append(part)
+        rows_before, columns_before = rows_before + rows, columns_before + columns
+    offsets = offsets_of([rows * columns for rows, columns in sizes])
+    return [*(torch.cat(x) for x in lists), offsets.long()], sizes
+
+
+def _room(images: int, height: int, width: int) -> list[int]:
+    """Lengths of these tensors where every image fills the map."""
+    cells, rows, columns = images * height * width, images * height, images * width
+    return [cells, cells, cells, rows, rows, columns, columns, images + 1]
 
 
 def _move(numbers: Tensor, device: torch.device) -> Tensor:

@@ -33,7 +33,9 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth cannot be written: No space left on device; the one before it is"
+    ):
         save_checkpoint(path, {"number": 2})
     monkeypatch.undo()
     assert load_checkpoint(path)["number"] == 1
@@ -52,6 +54,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, size: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * size) if size < 1 else int(size)])
     with pytest.raises(CheckpointError, match=r"a\.pth is damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"model": {"w": torch.zeros(1000)}})
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(400)) + 200] = 1  # in the middle of the tensor
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged .*: .*data/0 has another check sum than when it was"):
         load_checkpoint(path)
 
 

@@ -13,22 +13,34 @@ import torch.multiprocessing as multiprocessing
 from detr_fast.engine.distributed import processes
 from detr_fast.engine.log import Log, LossSums, duration
 
+KEPT, SKIPPED = torch.tensor(False), torch.tensor(True)
+
 
 def test_means_over_the_interval_and_the_epoch() -> None:
     sums = LossSums(torch.device("cpu"))
-    for step, value in enumerate([1.0, 3.0]):
-        sums.add(torch.tensor(value), {"loss_ce": torch.tensor(2 * value)}, step)
+    for value in (1.0, 3.0):
+        sums.add({"loss": torch.tensor(value), "loss_ce": torch.tensor(2 * value)}, KEPT)
     assert sums.read("interval") == {"loss": 2.0, "loss_ce": 4.0}
     sums.clear("interval")
-    sums.add(torch.tensor(5.0), {"loss_ce": torch.tensor(0.0)}, 2)
+    sums.add({"loss": torch.tensor(5.0), "loss_ce": torch.tensor(0.0)}, KEPT)
     assert sums.read("interval") == {"loss": 5.0, "loss_ce": 0.0}
     assert sums.read("epoch") == {"loss": 3.0, "loss_ce": 8 / 3}
+
+
+def test_a_step_that_was_skipped_spoils_no_mean() -> None:
+    sums = LossSums(torch.device("cpu"))
+    for value, skipped in ((1.0, KEPT), (math.nan, SKIPPED), (math.inf, SKIPPED), (2.0, KEPT)):
+        sums.add({"loss": torch.tensor(value)}, skipped)
+    assert sums.read("epoch") == {"loss": 1.5}
+    sums.clear("interval")
+    sums.add({"loss": torch.tensor(math.nan)}, SKIPPED)
+    assert math.isnan(sums.read("interval")["loss"])
 
 
 def _read_means(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     sums = LossSums(torch.device("cpu"))
-    sums.add(torch.tensor(2.0 + 4 * rank), {"x": torch.tensor(8.0 * rank)}, 0)
+    sums.add({"loss": torch.tensor(2.0 + 4 * rank), "x": torch.tensor(8.0 * rank)}, KEPT)
     with processes("cpu") as joined:
         (Path(folder) / f"{rank}.txt").write_text(f"{sums.read('epoch', joined)} {sums.read('epoch')['loss']}")
     dist.destroy_process_group()
@@ -40,25 +52,12 @@ def test_means_are_of_all_processes(tmp_path: Path) -> None:
     assert seen == ["{'loss': 4.0, 'x': 4.0} 2.0", "{'loss': 4.0, 'x': 4.0} 6.0"]
 
 
-def test_the_first_step_that_is_not_finite_is_remembered() -> None:
-    sums = LossSums(torch.device("cpu"))
-    for step, value in enumerate([1.0, math.inf, math.nan]):
-        sums.add(torch.tensor(value), {}, 10 + step)
-    assert sums.first_bad_step() == 11
-
-
-def test_a_gradient_norm_counts_as_well() -> None:
-    sums = LossSums(torch.device("cpu"))
-    sums.add(torch.tensor(1.0), {"gradient_norm": torch.tensor(math.nan), "class_error": torch.tensor(1.0)}, 3)
-    assert sums.first_bad_step() == 3
-
-
 def test_sums_survive_a_checkpoint() -> None:
     sums, restored = LossSums(torch.device("cpu")), LossSums(torch.device("cpu"))
-    sums.add(torch.tensor(1.0), {"x": torch.tensor(2.0)}, 0)
+    sums.add({"loss": torch.tensor(1.0), "x": torch.tensor(2.0)}, KEPT)
     restored.load_state_dict(sums.state_dict())
     for each in (sums, restored):
-        each.add(torch.tensor(2.0), {"x": torch.tensor(4.0)}, 1)
+        each.add({"loss": torch.tensor(2.0), "x": torch.tensor(4.0)}, KEPT)
     assert restored.read("epoch") == sums.read("epoch") == {"loss": 1.5, "x": 3.0}
 
 

@@ -41,3 +41,21 @@ def test_a_continued_run_takes_its_rates_from_the_settings() -> None:
     load_optimizer(optimizer, state)
     set_learning_rates(optimizer, 1.0)
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (2.0, 3.0)
+
+
+def test_rates_follow_the_size_of_the_step() -> None:
+    model = build_model("detr_tiny", 3)
+    rates = [group["lr"] for group in build_optimizer(model, OptimizerConfig(reference_batch=16), 64).param_groups]
+    assert rates == [4e-4, 4e-5]
+    assert build_optimizer(model, OptimizerConfig(), 64).param_groups[0]["lr"] == 1e-4
+
+
+def test_rates_of_a_captured_optimizer_are_tensors_that_stay() -> None:
+    optimizer = build_optimizer(build_model("detr_tiny", 3), OptimizerConfig(), capturable=True)
+    kept = optimizer.param_groups[0]["lr"]
+    state = build_optimizer(build_model("detr_tiny", 3), OptimizerConfig()).state_dict()
+    load_optimizer(optimizer, state)
+    set_learning_rates(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] is kept
+    assert float(kept) == pytest.approx(5e-5)
+    assert optimizer.param_groups[0]["capturable"]

@@ -1,0 +1,70 @@
+"""Moments of an optimizer that every process keeps a part of: saved and read by torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from detr_fast.engine.errors import CheckpointError
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
+def save_shards(optimizer: ZeroRedundancyOptimizer, model: nn.Module, folder: Path) -> None:
+    """Writes this process's part into ``folder``; all processes call."""
+    state = {
+        f"{moment}.{name}": optimizer.optim.state[parameter][moment]
+        for name, parameter in _own(optimizer, model)
+        for moment in MOMENTS
+        if parameter in optimizer.optim.state
+    }
+    distributed_checkpoint.save(state, checkpoint_id=folder)
+
+
+def load_shards(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Reads the part of this process, whatever the number of processes that wrote; all of it if not sharded.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or of another model.
+    """
+    local: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
+    try:
+        known = distributed_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+        state: dict[str, Tensor] = {}
+        for name, parameter in _own(optimizer, model):
+            if f"step.{name}" in known:
+                state[f"step.{name}"] = torch.zeros((), device=parameter.device)
+                state |= {f"{moment}.{name}": torch.zeros_like(parameter) for moment in MOMENTS[1:]}
+        distributed_checkpoint.load(state, checkpoint_id=folder)
+    except Exception as error:  # whatever reading a damaged folder raises, in this process or, gathered, in another
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"optimizer state {folder} cannot be read: {reason}") from error
+    for name, parameter in _own(optimizer, model):
+        if f"step.{name}" in state:
+            local.state[parameter] = {moment: state[f"{moment}.{name}"] for moment in MOMENTS}
+
+
+def part_of_whole(optimizer: ZeroRedundancyOptimizer, state: Mapping[str, Any]) -> None:
+    """Takes this process's part of the state dict of an optimizer that was not sharded."""
+    numbers = (number for group in state["param_groups"] for number in group["params"])
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    number_of = {id(parameter): number for parameter, number in zip(parameters, numbers, strict=True)}
+    for group in optimizer.optim.param_groups:
+        for parameter in group["params"]:
+            moments = state["state"].get(number_of[id(parameter)])
+            if moments is not None:
+                optimizer.optim.state[parameter] = {
+                    name: moments[name].to(parameter.device, copy=True) for name in MOMENTS
+                }
+
+
+def _own(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    local: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
+    own = {id(parameter) for group in local.param_groups for parameter in group["params"]}
+    return ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own)
