@@ -18,15 +18,16 @@ class AveragedModel:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self._pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        self._weights = [pair for pair in pairs if pair[1].requires_grad]
         self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After step ``step``, counted from 0. Waits for nothing."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        trained = [(average, weights.detach()) for average, weights in self._pairs if weights.requires_grad]
-        averages, weights = (list(side) for side in zip(*trained, strict=True))
+        averages, weights = (list(side) for side in zip(*self._weights, strict=True))
         torch._foreach_lerp_(averages, weights, weight)
-        for kept, buffer in self._buffers:
-            kept.copy_(buffer)
+        if self._buffers:
+            kept, buffers = (list(side) for side in zip(*self._buffers, strict=True))
+            torch._foreach_copy_(kept, buffers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -89,6 +91,7 @@ class TrainingLoader:
             ),
             **loader_options(data.workers, self.device),
         )
+        atexit.register(_end_workers, weakref.ref(self.loader))
 
     @property
     def batches(self) -> int:
@@ -198,6 +201,13 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
         "generator": torch.Generator(),
         "worker_init_fn": _outlive_signals,
     }
+
+
+def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
+    """Ends workers that live on as Python ends: multiprocessing would send them one SIGTERM and wait for ever."""
+    end = getattr(getattr(loader(), "_iterator", None), "_shutdown_workers", None)
+    if end is not None:
+        end()
 
 
 def _outlive_signals(worker: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.engine.distributed import Processes
-from detr_fast.files import write_atomically
+from detr_fast.files import naming, write_atomically
 
 
 class LossSums:
@@ -91,7 +91,7 @@ class Log:
         if not self.active:
             return
         entry = {"kind": kind, "step": step, "epoch": epoch, **{name: plain(value) for name, value in values.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,23 @@ def test_batches_on_a_gpu(settings: Settings, place: str, workers: int) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert all(tensor.is_cuda for batch in found for tensor in batch.tensors())
     assert_same(found, expected)
+
+
+def test_python_ends_while_workers_live(shapes: Path) -> None:
+    """And a generator of the middle of an epoch holds them."""
+    code = f"""
+from detr_fast.engine.config import Config
+from detr_fast.engine.distributed import Processes
+from detr_fast.engine.loaders import TrainingLoader, training_dataset
+config = Config().with_overrides({{"data.path": {str(shapes)!r}, "data.scales": (48,), "train.batch_size": 1}})
+loader = TrainingLoader(training_dataset(config), config, Processes())
+batches = loader.start(0)
+print(len(next(batches)))
+"""
+    # Workers that miss the end are waited for as long as the time allows.
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout.strip()) == (0, "1"), found.stderr
+    assert not found.stderr
 
 
 def test_a_data_set_is_not_read_to_learn_its_sizes(settings: Settings) -> None:

@@ -1,0 +1,66 @@
+"""Switches of how a step is computed change rounding only, and compile a bounded number of times."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from engine.steps import batch_of, gradients_of, model_of, step_of
+
+from detr_fast.engine.config import SpeedConfig
+from detr_fast.engine.speed import apply_speed, arithmetic
+from detr_fast.structures import Images
+
+
+@pytest.mark.parametrize("switch", ["channels_last", "fold_norms"])
+def test_a_switch_changes_rounding_only(switch: str) -> None:
+    found = {}
+    for dtype, value in ((torch.float32, True), (torch.float32, False), (torch.float64, True)):
+        model = model_of(dtype=dtype)
+        for buffer in (module for name, module in model.named_buffers() if "running_var" in name):
+            buffer.mul_(1.7)  # norms that do something
+        apply_speed(model, SpeedConfig(**{switch: value}))
+        batch = batch_of(2, seed=1)
+        images = Images(batch.images.pixels.to(dtype), batch.images.padding, batch.images.sizes)
+        found[dtype, value] = model(images).logits.detach()
+    on, off, exact = found.values()
+    assert not torch.equal(on, off) or switch == "channels_last"
+    assert_as_accurate(on, off, exact)
+
+
+def test_the_order_in_memory_is_what_was_asked_for() -> None:
+    for is_last in (True, False):
+        model = model_of()
+        apply_speed(model, SpeedConfig(channels_last=is_last))
+        maps = model.backbone[0](batch_of(2).images.pixels)
+        assert maps[-1].is_contiguous(memory_format=torch.channels_last) == is_last
+        assert maps[-1].is_contiguous() != is_last
+
+
+def test_pytorchs_switches_are_put_back() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with arithmetic(tf32=True, deterministic=True):
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.are_deterministic_algorithms_enabled()
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.slow
+def test_compiled_once_for_each_canvas_and_once_for_all_numbers_of_tokens() -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    plain, compiled = model_of(), model_of()
+    apply_speed(compiled, SpeedConfig(compile=True))
+    ours, theirs = step_of(plain), step_of(compiled)
+    graphs = []
+    # Two canvases, 64 x 64 of four images and 64 x 48 of one, which come again; numbers of tokens differ.
+    for images, seed in ((4, 1), (1, 2), (4, 3), (1, 4), (4, 5), (1, 6)):
+        batch = batch_of(images, seed)
+        expected, found = ours([batch]), theirs([batch])
+        torch.testing.assert_close(found.losses["loss"], expected.losses["loss"], rtol=1e-3, atol=0)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[2], "compiled again for a canvas that was there before"
+    assert graphs[-1] <= 5
+    assert gradients_of(compiled).keys() == gradients_of(plain).keys()
