@@ -22,7 +22,7 @@ lint: .venv/installed-dev
 	$(BIN)/python -m benchmarks.tables --check README.md
 
 bench: .venv/installed-bench
-	$(BIN)/python -m benchmarks.run assignment matching criterion attention transformer model
+	$(BIN)/python -m benchmarks.run assignment matching criterion attention transformer model train_step input_pipeline
 
 # One version for everybody who develops; the package itself takes any from 2.11 on. Triton is the one that belongs to it:
 # PyTorch's CUDA builds bring it, the tests interpret and compile its kernels on a CPU too.

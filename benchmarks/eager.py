@@ -30,7 +30,7 @@ def match(
     class_cost = -logits.flatten(0, 1).softmax(-1)[:, labels]
     distance = torch.cdist(flat, goals, p=1)
     class_weight, box_weight, giou_weight = COST_WEIGHTS
-    cost = box_weight * distance + class_weight * class_cost - giou_weight * _giou(flat, goals)
+    cost = box_weight * distance + class_weight * class_cost - giou_weight * giou(flat, goals)
     by_image = cost.view(*logits.shape[:2], -1).cpu().split([len(target["labels"]) for target in targets], -1)
     pairs = [linear_sum_assignment(part[image]) for image, part in enumerate(by_image)]
     return [(torch.as_tensor(queries), torch.as_tensor(own)) for queries, own in pairs]
@@ -48,13 +48,21 @@ def losses(predictions: Predictions, targets: Sequence[dict[str, Tensor]], class
     return set_loss_reference(*inputs, num_boxes, class_weight)
 
 
-def _giou(boxes: Tensor, goals: Tensor) -> Tensor:  # [N, 4], [T, 4] cxcywh -> [N, T]
+def giou(boxes: Tensor, goals: Tensor) -> Tensor:  # [N, 4], [T, 4] cxcywh -> [N, T]
+    """Generalised IoU of all pairs. Both looks at the sizes wait for a GPU, as published."""
     low, high = _corners(boxes)
     goal_low, goal_high = _corners(goals)
-    overlap = (torch.min(high[:, None], goal_high) - torch.max(low[:, None], goal_low)).clamp(min=0).prod(-1)
-    union = (high - low).prod(-1)[:, None] + (goal_high - goal_low).prod(-1) - overlap
-    hull = (torch.max(high[:, None], goal_high) - torch.min(low[:, None], goal_low)).clamp(min=0).prod(-1)
+    assert (high >= low).all()
+    assert (goal_high >= goal_low).all()
+    overlap = _area(torch.max(low[:, None], goal_low), torch.min(high[:, None], goal_high))
+    union = _area(low, high)[:, None] + _area(goal_low, goal_high) - overlap
+    hull = _area(torch.min(low[:, None], goal_low), torch.max(high[:, None], goal_high))
     return overlap / union - (hull - union) / hull
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:  # [..., 2] -> [...]
+    sides = (high - low).clamp(min=0)
+    return sides[..., 0] * sides[..., 1]
 
 
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:

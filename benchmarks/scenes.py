@@ -16,6 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr_fast.boxes import box_xyxy_to_cxcywh
+from detr_fast.data.batch import Batch, collate
+from detr_fast.data.shapes import draw
+from detr_fast.data.transforms import MEAN, STD, Sample
 from detr_fast.ops.matching_cost import matching_cost_reference
 from detr_fast.structures import Predictions, Targets
 
@@ -68,6 +72,33 @@ def training_sizes(images: int, seed: int = 0) -> tuple[tuple[int, int], ...]:
         height, width = shapes[shape]
         found.append((round(height * scale), round(width * scale)))
     return tuple(found)
+
+
+def coco_like_batch(images: int, labels: int = 91, seed: int = 0, shrink: float = 1) -> Batch:
+    """Noise in the sizes that DETR trains on, divided by ``shrink``, with as many targets as COCO has."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = scene("mid", coco_like_counts(images, seed), 1, labels=labels, seed=seed).targets
+    sizes = [(round(height / shrink), round(width / shrink)) for height, width in training_sizes(images, seed)]
+    pixels = [torch.randn(3, *size, generator=generator) for size in sizes]
+    return collate([_sample(x, target, image) for image, (x, target) in enumerate(zip(pixels, targets, strict=True))])
+
+
+def shapes_batch(images: int, size: int = 128, seed: int = 0) -> Batch:
+    """Generated pictures of shapes with up to 6 objects, labels 0, 1 and 2; no two seeds share a picture."""
+    return collate([_drawn(np.random.default_rng([seed, image]), size, image) for image in range(images)])
+
+
+def _drawn(random: np.random.Generator, size: int, image: int) -> Sample:
+    picture = draw(random, size)
+    pixels = torch.from_numpy(picture.pixels).permute(2, 0, 1) / 255
+    corners = [[np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (0, 1)] for mask in picture.masks]
+    boxes = torch.tensor([[x[0], y[0], x[1] + 1, y[1] + 1] for x, y in corners], dtype=torch.float32).reshape(-1, 4)
+    target = {"labels": torch.tensor(picture.labels, dtype=torch.int64) - 1, "boxes": box_xyxy_to_cxcywh(boxes) / size}
+    return _sample((pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None], target, image)
+
+
+def _sample(pixels: Tensor, target: dict[str, Tensor], image: int) -> Sample:  # [3, height, width]
+    return pixels, {**target, "image_id": torch.tensor([image]), "orig_size": torch.tensor(pixels.shape[1:])}
 
 
 def costs(kind: Kind, problems: int, queries: int, targets: int, seed: int = 0) -> Tensor:

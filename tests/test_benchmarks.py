@@ -6,6 +6,7 @@ import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("lap", reason="needs the extra 'bench'")
 pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
 
-from benchmarks import attention, criterion, plot, tables, transformer
+from benchmarks import attention, criterion, data_parallel, plot, tables, train_step, transformer
 from benchmarks.assignment import batch, require_optimal
 from benchmarks.harness import (
     Benchmark,
@@ -94,8 +95,29 @@ def test_attention_forward_alone_is_checked(dropout: float) -> None:
         made.check("detr_fast", [output * 1.0001])
 
 
+def test_a_training_step_with_a_wrong_loss_is_found() -> None:
+    case = next(iter(train_step.benchmarks(Options(quick=True))))
+    for provider, run in case.providers.items():
+        loss = float(run())  # type: ignore[arg-type]
+        case.check(provider, loss)
+        with pytest.raises(DisagreementError, match=f"{provider}: the loss of the first step"):
+            case.check(provider, loss * 1.003)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_joint_batch() -> None:
+    case = data_parallel.benchmark(Options(quick=True))
+    for provider, run in case.providers.items():
+        losses: Any = run()
+        case.check(provider, losses)
+        with pytest.raises(DisagreementError, match=f"{provider}: the loss of the first step"):
+            case.check(provider, [loss * 1.001 for loss in losses])
+
+
 def test_bars_name_providers() -> None:
-    cases = [*attention.benchmarks(Options(quick=True)), *transformer.benchmarks(Options(quick=True))]
+    quick = Options(quick=True)
+    cases = [*attention.benchmarks(quick), *transformer.benchmarks(quick), *train_step.benchmarks(quick)]
+    cases += train_step.on_device(quick)
     for case in cases:
         for bar in case.bars:
             assert getattr(bar, "than", bar.ours) in case.providers

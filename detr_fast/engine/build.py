@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -139,11 +140,14 @@ def distribute(model: nn.Module, processes: Processes, config: Config) -> nn.Mod
     """
     if processes.count == 1:
         return model
-    parallel = DistributedDataParallel(
-        model,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # they are shared before an evaluation
-    )
+    with warnings.catch_warnings():
+        # PyTorch 2.13 has another name for it, which 2.11 does not know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        parallel = DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are shared before an evaluation
+        )
     if config.distributed.compress_gradients:
         # The annotations of a function in this file are text, which registering refuses.
         parallel.register_comm_hook(None, lambda state, bucket: compressed_mean(state, bucket))
