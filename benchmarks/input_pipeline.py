@@ -173,11 +173,11 @@ def reference_loader(dataset: CocoDetection, batch_size: int, device: torch.devi
         drop_last=True,
         num_workers=workers(),
         persistent_workers=True,
-        collate_fn=_padded,
+        collate_fn=padded,
     )
 
 
-def _padded(samples: Sequence[Sample]) -> Made:
+def padded(samples: Sequence[Sample]) -> Made:
     images = [image for image, _ in samples]
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     pixels = torch.zeros(len(images), 3, height, width)

@@ -110,7 +110,7 @@ def our_step(
     speed = speed or SpeedConfig()
 
     def build() -> Run:
-        model = _our_model(start, speed)
+        model = our_model(start, speed)
         criterion = build_criterion(Config(), start.labels).to(start.device)
         if fused:
             on_device = speed.graph and start.device.type == "cuda"
@@ -132,14 +132,14 @@ def our_step(
 
 def parallel_step(start: Start, joined: Processes) -> Run:
     """Ours as one of several processes; returns this process's part of the joint loss, whose mean over all it is."""
-    model = _our_model(start, SpeedConfig())
+    model = our_model(start, SpeedConfig())
     parallel = distribute(model, joined, Config())
     criterion = build_criterion(Config(), start.labels)
     step = TrainingStep(parallel, criterion, build_optimizer(model, OptimizerConfig()))
     return lambda: step([start.batch]).losses["loss"]
 
 
-def _our_model(start: Start, speed: SpeedConfig) -> nn.Module:
+def our_model(start: Start, speed: SpeedConfig) -> nn.Module:
     model = build_model(start.name, start.labels, **start.options)
     model.load_state_dict(start.state)
     model.to(start.device).train()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks import data_parallel
+from benchmarks import data_parallel, training
 from benchmarks.harness import OURS, Bar, Benchmark, DisagreementError, Faster, Options
 from benchmarks.scenes import coco_like_batch, shapes_batch
 from benchmarks.steps import Lazy, Start, eager_step, our_step, their_step
@@ -48,6 +48,7 @@ def on_host(options: Options) -> Iterator[Benchmark]:
     if not options.quick:
         switches = _switches(published, options)
         yield _benchmark("DETR-R50, switches of a training step", _sides(published), switches, published)
+    yield training.benchmark(options)
     yield data_parallel.benchmark(options)
 
 

@@ -64,3 +64,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
+    for parameter, moments in optimizer.state.items():
+        optimizer.state[parameter] = {name: laid_out_like(parameter, value) for name, value in moments.items()}
+
+
+def laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
+    """A copy on the parameter's device and in its order in memory, which the fused kernel takes for granted."""
+    if moment.dim() == 0:  # the step count
+        return moment.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)

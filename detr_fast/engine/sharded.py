@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from detr_fast.engine.errors import CheckpointError
+from detr_fast.engine.optimizer import laid_out_like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -59,9 +60,7 @@ def part_of_whole(optimizer: ZeroRedundancyOptimizer, state: Mapping[str, Any]) 
         for parameter in group["params"]:
             moments = state["state"].get(number_of[id(parameter)])
             if moments is not None:
-                optimizer.optim.state[parameter] = {
-                    name: moments[name].to(parameter.device, copy=True) for name in MOMENTS
-                }
+                optimizer.optim.state[parameter] = {name: laid_out_like(parameter, moments[name]) for name in MOMENTS}
 
 
 def _own(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -97,7 +97,7 @@ class TrainingStep:
         return {"loss": total.detach(), **losses}, flags
 
     def _update(self) -> tuple[Tensor, Tensor]:
-        """Clips and steps inside the optimizer's kernel; the gradient's norm and whether the step was skipped, ``[]``."""
+        """Clips and steps in the optimizer's kernel; the gradient's norm and whether nothing was changed, ``[]``."""
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)

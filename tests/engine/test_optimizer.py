@@ -59,3 +59,26 @@ def test_rates_of_a_captured_optimizer_are_tensors_that_stay() -> None:
     assert optimizer.param_groups[0]["lr"] is kept
     assert float(kept) == pytest.approx(5e-5)
     assert optimizer.param_groups[0]["capturable"]
+
+
+def test_moments_take_the_order_of_their_parameters_in_memory() -> None:
+    """Else the fused kernel, which walks memory, would pair them with other weights."""
+    torch.manual_seed(0)
+    models = [build_model("detr_tiny", 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].backbone[0].body.arrange(torch.contiguous_format)
+    optimizers = [build_optimizer(model, OptimizerConfig()) for model in models]
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+        optimizer.step()
+
+    step(models[0], optimizers[0], 1)
+    models[1].load_state_dict(models[0].state_dict())
+    load_optimizer(optimizers[1], optimizers[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step(model, optimizer, 2)
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, two)
