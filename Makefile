@@ -5,13 +5,17 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*
 NATIVE := $(wildcard $(foreach folder,csrc csrc/* tests/native tests/emulator tests/emulator/include,\
 	$(foreach ending,h cpp cu,$(folder)/*.$(ending))))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: .venv/installed
 	$(BIN)/detr-fast demo --output runs/demo
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# Killed workers, cut networks, torch.compile: minutes.
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
