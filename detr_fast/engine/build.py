@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.export import register_dataclass
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_fast.criterion import SetCriterion
@@ -28,8 +29,13 @@ from detr_fast.layers.backbone import FrozenBatchNorm2d
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.models import build_model
 from detr_fast.models.checkpoint import ClassesDiffer, load_backbone, load_weights
+from detr_fast.structures import Predictions
 
 MOST_LAYERS = 64  # of a decoder
+
+# DistributedDataParallel looks for tensors in what the model returns. Where it finds none, a static graph exchanges no
+# gradients, and says nothing.
+register_dataclass(Predictions)
 
 
 def build_run(config: Config, processes: Processes, folder: Path, *, resumed: bool = False) -> Run:
@@ -147,6 +153,7 @@ def distribute(model: nn.Module, processes: Processes, config: Config) -> nn.Mod
             model,
             gradient_as_bucket_view=True,
             broadcast_buffers=False,  # they are shared before an evaluation
+            static_graph=config.train.accumulate == 1,  # which counts exchanges, and so excludes passes without one
         )
     if config.distributed.compress_gradients:
         # The annotations of a function in this file are text, which registering refuses.
