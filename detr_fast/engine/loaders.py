@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import torch
@@ -91,7 +91,8 @@ class TrainingLoader:
             ),
             **loader_options(data.workers, self.device),
         )
-        atexit.register(_end_workers, weakref.ref(self.loader))
+        # At the end of the interpreter, and of a process that multiprocessing made: it ends without atexit.
+        Finalize(None, _end_workers, (weakref.ref(self.loader),), exitpriority=100)
 
     @property
     def batches(self) -> int:
