@@ -21,6 +21,8 @@ set -euo pipefail
 
 # Less than the 180 seconds above. torchrun reads it from here; one that does not know the option yet kills after 30.
 export PET_SHUTDOWN_TIMEOUT=150
+# Processes that torchrun starts again must not find the addresses of those before them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 each_node=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1)
 
 data="$DATA"

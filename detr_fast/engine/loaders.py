@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import signal
-import weakref
+import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import torch
@@ -91,8 +92,6 @@ class TrainingLoader:
             ),
             **loader_options(data.workers, self.device),
         )
-        # At the end of the interpreter, and of a process that multiprocessing made: it ends without atexit.
-        Finalize(None, _end_workers, (weakref.ref(self.loader),), exitpriority=100)
 
     @property
     def batches(self) -> int:
@@ -204,17 +203,20 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
-    """Ends workers that live on as Python ends: multiprocessing would send them one SIGTERM and wait for ever."""
-    end = getattr(getattr(loader(), "_iterator", None), "_shutdown_workers", None)
-    if end is not None:
-        end()
-
-
 def _outlive_signals(worker: int) -> None:
-    """Signals to the whole process group must not kill the workers before the main process has saved.
+    """Signals to the whole process group must not end a worker before the process that reads from it has saved.
 
-    A second SIGTERM ends the worker, so that nothing can wait for one that hangs.
+    Only that process ends it. Others may ask several times: Slurm signals every process, and torchrun hands it on.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    reader = multiprocessing.parent_process()
+    assert reader is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # In a thread, so that also a worker that hangs can be ended.
+    threading.Thread(target=_obey, args=(reader.pid,), daemon=True).start()
+
+
+def _obey(reader: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != reader:
+        pass
+    os._exit(0)

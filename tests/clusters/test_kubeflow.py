@@ -96,6 +96,7 @@ def test_pods_survive_an_eviction_and_share_one_run() -> None:
     assert job["spec"]["nprocPerNode"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert 30 < int(environment["PET_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert claim_of(pod, "/runs", container) == {"claimName": claim["metadata"]["name"]}
     assert claim_of(pod, "/data", container)["readOnly"]

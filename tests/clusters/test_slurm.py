@@ -33,6 +33,7 @@ STAND_INS = {
     'else echo "JobState=RUNNING PreemptTime=${PREEMPTED:-None}"; fi ;; esac',
     "scancel": 'kill -TERM "$(cat "$calls/step")"',
     "torchrun": 'echo "$PET_SHUTDOWN_TIMEOUT" > "$calls/patience"\n'
+    'echo "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" > "$calls/fresh"\n'
     'saved() { sleep 0.3; echo yes > "$calls/saved"; exit 1; }\ntrap saved TERM\n'
     'echo $$ > "$calls/step"\nfor _ in $(seq "${TENTHS:-0}"); do sleep 0.1; done\nexit "${STATUS:-0}"',
     "sbatch": "",
@@ -112,6 +113,7 @@ def test_each_node_starts_torchrun_once(calls: Path, accepted: Accepted) -> None
     ]
     assert {"--ntasks-per-node=1", "--cpus-per-task=64", "--kill-on-bad-exit=1"} < set(words(calls, "srun"))
     assert words(calls, "scontrol") == ["show", "hostnames", "node[7-8]"]
+    assert words(calls, "fresh") == ["1"]
     name, *arguments = launched[launched.index("-m") + 1 :]
     parsed, config = accepted(arguments)
     assert (name, parsed.path, parsed.resume) == ("detr_fast", "/shared/coco", "auto")

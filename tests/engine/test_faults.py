@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from engine.conftest import smallest
 from engine.launch import Recorded, train_recorded
 from engine.test_train import assert_same_run
 from torch.multiprocessing import ProcessRaisedException
+from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.__main__ import main
 from detr_fast.data.batch import Batch
@@ -26,6 +28,7 @@ from detr_fast.data.coco import CocoDetection
 from detr_fast.engine.checkpoint import load_checkpoint
 from detr_fast.engine.config import Config
 from detr_fast.engine.errors import CheckpointError
+from detr_fast.engine.loaders import loader_options
 from detr_fast.engine.run import Run
 from detr_fast.engine.train import train
 
@@ -47,6 +50,31 @@ def test_two_processes_stopped_by_a_signal_to_one_equal_two_undisturbed(
     assert len(begun.steps) == 2  # all learn of it in the step after
     ended = train_recorded(config, 2, resume=begun.folder)
     assert_same_run(as_two.folder, ended.folder)
+
+
+class Slow(Dataset[int]):
+    """Its second item takes for ever."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(3600 * index)
+        return index
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_is_ended_by_its_reader_alone_also_when_it_hangs(number: int) -> None:
+    batches: Any = iter(DataLoader(Slow(), batch_size=None, **loader_options(1, torch.device("cpu"))))
+    (worker,) = batches._workers
+    assert next(batches) == 0
+    for _ in range(3):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+        worker.join(0.2)
+        assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 # --- disks

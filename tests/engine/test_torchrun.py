@@ -23,7 +23,7 @@ Settings = Callable[..., Config]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def test_a_killed_process_is_started_again_and_the_run_equals_an_undisturbed_one(
@@ -37,11 +37,9 @@ def test_a_killed_process_is_started_again_and_the_run_equals_an_undisturbed_one
     command = [*LAUNCHER, "--max-restarts=2", *script, "train", *arguments, *own]
     command += ["--resume", "auto", f"--train.output={folder}"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
-    print(done.stderr)
     assert done.returncode == 0, done.stderr
     assert marker.exists()
-    # Of the process that was left: one line and no traceback.
-    assert "detr-fast: error: another process ended or does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "continuing" in done.stdout
     assert_same_run(reference.folder, folder)
 
@@ -75,9 +73,9 @@ def test_a_signal_saves_and_the_run_equals_an_undisturbed_one(
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode not in (0, -signal.SIGKILL)
-    assert f"detr-fast: {signal.Signals(number).name}: saved" in errors
+    assert process.returncode not in (0, -signal.SIGKILL), errors
     assert "is killed by signal" not in errors
+    assert f"detr-fast: {signal.Signals(number).name}: saved" in errors, errors
     assert 0 < load_checkpoint(folder / "last.pth")["place"]["step"] < 24
     subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
     assert_same_run(train_recorded(settings("reference", changes), 2).folder, folder)
