@@ -139,12 +139,22 @@ class SharedFlag:
 
 @contextlib.contextmanager
 def caught_signals(flag: SharedFlag) -> Iterator[SharedFlag]:
-    """SIGTERM and the first SIGINT set the flag; a second SIGINT interrupts at once."""
+    """SIGTERM and the first SIGINT set the flag; a second SIGINT interrupts at once.
+
+    One more SIGTERM is let pass afterwards: Slurm signals every process and torchrun hands it on, so that it may
+    arrive again while a process that has saved says so.
+    """
+    own = os.getpid()
 
     def catch(number: int, frame: Any) -> None:
         if flag.is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
         flag.is_set, flag.signal_number = True, number
+
+    def once_more(number: int, frame: Any) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        if os.getpid() != own:  # a child that has inherited this
+            os.kill(os.getpid(), number)
 
     try:
         before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -155,4 +165,4 @@ def caught_signals(flag: SharedFlag) -> Iterator[SharedFlag]:
         yield flag
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, once_more if flag.is_set and number == signal.SIGTERM else handler)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from detr_fast.engine.distributed import Processes, SharedFlag, choose_device, processes
+from detr_fast.engine.distributed import Processes, SharedFlag, caught_signals, choose_device, processes
 
 
 def test_one_process_exchanges_with_itself() -> None:
@@ -50,3 +52,26 @@ def test_all_processes_see_a_flag_at_the_same_step(tmp_path: Path) -> None:
     multiprocessing.start_processes(_count_steps, (str(tmp_path),), nprocs=2, start_method="fork")
     seen = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     assert seen == ["4 [0, 1] True"] * 2
+
+
+def test_one_more_sigterm_passes_after_the_first_and_the_next_does_not() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with caught_signals(SharedFlag(Processes())) as flag:
+            signal.raise_signal(signal.SIGTERM)
+        assert flag.is_set
+        if (child := os.fork()) == 0:  # which nobody has told before
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(len(seen))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == []
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+        with caught_signals(SharedFlag(Processes())):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
