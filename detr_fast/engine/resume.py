@@ -9,6 +9,7 @@ from typing import Any
 from detr_fast.engine.checkpoint import LAST, PREVIOUS, load_checkpoint
 from detr_fast.engine.config import Config
 from detr_fast.engine.errors import CheckpointError, ConfigError
+from detr_fast.engine.sharded import check_shards
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -25,6 +26,19 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
+def load_whole(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, after a look at the optimizer's shards that it refers to.
+
+    Raises:
+        CheckpointError: it or they cannot be used.
+    """
+    state = load_checkpoint(path)
+    shards = state.get("optimizer", {}).get("shards")
+    if shards is not None:
+        check_shards(path.parent / shards)
+    return state
+
+
 def newest_whole(folder: Path) -> tuple[Path | None, str | None]:
     """The newest checkpoint of a run that can be read, and why it is not ``last.pth``; for runs nobody watches.
 
@@ -35,7 +49,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, str | None]:
     for path in (folder / LAST, folder / PREVIOUS):
         if path.exists():
             try:
-                load_checkpoint(path)
+                load_whole(path)
                 return path, None if failure is None else str(failure)
             except CheckpointError as error:
                 failure = failure or error
@@ -51,13 +65,13 @@ def load_to_continue(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be used; if the one before it can, the message offers that.
     """
     try:
-        return load_checkpoint(path)
+        return load_whole(path)
     except CheckpointError as error:
         previous = path.with_name(PREVIOUS)
         if path.name != LAST or not previous.exists():
             raise
         try:
-            place = load_checkpoint(previous)["place"]
+            place = load_whole(previous)["place"]
         except CheckpointError:
             raise error from None
         raise CheckpointError(

@@ -51,6 +51,25 @@ def load_shards(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path
             local.state[parameter] = {moment: state[f"{moment}.{name}"] for moment in MOMENTS}
 
 
+def check_shards(folder: Path) -> None:
+    """Looks whether all files are there at their full lengths, without reading them.
+
+    Raises:
+        CheckpointError: something is missing.
+    """
+    try:
+        pieces = distributed_checkpoint.FileSystemReader(folder).read_metadata().storage_data or {}
+        ends: dict[str, int] = {}
+        for piece in pieces.values():
+            ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
+        short = [name for name, end in ends.items() if (folder / name).stat().st_size < end]
+    except Exception as error:  # whatever reading damaged metadata raises
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"optimizer state {folder} cannot be read: {reason}") from error
+    if short:
+        raise CheckpointError(f"optimizer state {folder} cannot be read: {short[0]} is cut off")
+
+
 def part_of_whole(optimizer: ZeroRedundancyOptimizer, state: Mapping[str, Any]) -> None:
     """Takes this process's part of the state dict of an optimizer that was not sharded."""
     numbers = (number for group in state["param_groups"] for number in group["params"])

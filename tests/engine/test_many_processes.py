@@ -23,7 +23,8 @@ from detr_fast.engine import train as loop
 from detr_fast.engine.checkpoint import load_checkpoint
 from detr_fast.engine.config import Config
 from detr_fast.engine.distributed import SharedFlag
-from detr_fast.engine.errors import Interrupted
+from detr_fast.engine.errors import CheckpointError, Interrupted
+from detr_fast.engine.resume import load_to_continue, newest_whole
 from detr_fast.engine.run import Run
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "gradient_norm")
@@ -175,6 +176,26 @@ def test_shards_that_a_checkpoint_needs_are_not_written_over(
     recorded("run", (2, 2, 1), changes, resume=folder)
     assert load_checkpoint(folder / "previous.pth")["place"]["step"] == STEPS
     assert load_checkpoint(folder / "previous.pth")["optimizer"]["shards"] != needed
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_checkpoint_whose_shards_are_damaged_is_refused_and_the_one_before_it_taken(
+    recorded: Callable[..., Recorded], damage: str
+) -> None:
+    folder = recorded("run", (2, 2, 1), {"distributed.shard_optimizer": True}).folder
+    assert newest_whole(folder) == (folder / "last.pth", None)
+    shards = folder / load_checkpoint(folder / "last.pth")["optimizer"]["shards"]
+    if damage == "gone":
+        shutil.rmtree(shards)
+    else:
+        largest = max(shards.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{shards} cannot be read: .*previous\.pth"):
+        load_to_continue(folder / "last.pth")
+    path, reason = newest_whole(folder)
+    assert path == folder / "previous.pth"
+    assert reason is not None
+    assert str(shards) in reason
 
 
 def test_compressed_gradients_are_near_and_equal_everywhere(
