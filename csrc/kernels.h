@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/box.h"
+
 namespace detr {
 
 enum class ElementType { kFloat64, kFloat32, kFloat16, kBFloat16 };
@@ -18,16 +20,29 @@ struct Elements {
   ElementType type;
 };
 
-// How a class enters the cost and the loss.
+// How a class enters the cost.
 enum class ClassKind {
-  kSoftmax,      // probability over all C classes, the last of which is "no object"; weighted cross-entropy
-  kFocal,        // sigmoid focal with 1e-8 inside the logarithms of the cost, as published
+  kSoftmax,      // probability over all C classes, the last of which is "no object"
+  kFocal,        // sigmoid focal with an epsilon inside the logarithms, as published
   kFocalStable,  // sigmoid focal through log-sigmoid
 };
 
+// How a class enters the loss; in the last three a positive example's goal follows the IoU of its box.
+enum class LossKind {
+  kSoftmax,    // weighted cross-entropy over all C classes, the last of which is "no object"
+  kFocal,      // sigmoid focal
+  kVarifocal,  // varifocal (RT-DETR)
+  kMal,        // matchability-aware (DEIM)
+  kIaBce,      // IoU-aware binary cross-entropy (LW-DETR, RF-DETR)
+};
+
+constexpr bool is_softmax(ClassKind kind) { return kind == ClassKind::kSoftmax; }
+constexpr bool is_softmax(LossKind kind) { return kind == LossKind::kSoftmax; }
+
 // Labels that a target may have: below this. The last class of a softmax is "no object".
-constexpr int64_t label_limit(ClassKind kind, int64_t classes) {
-  return kind == ClassKind::kSoftmax ? classes - 1 : classes;
+template <typename Kind>
+constexpr int64_t label_limit(Kind kind, int64_t classes) {
+  return is_softmax(kind) ? classes - 1 : classes;
 }
 
 // Terms that can make a pair impossible, as bits.
@@ -61,7 +76,8 @@ struct CostArguments {
   const float* target_boxes;  // [T, 4] cxcywh
   T class_weight, box_weight, giou_weight;
   ClassKind kind;
-  T alpha, gamma;
+  T alpha, gamma, class_epsilon;  // the last inside the logarithms of kFocal
+  AreaGuard<T> guard;             // of GIoU
 };
 
 // Forbidden pairs of one problem.
@@ -93,8 +109,9 @@ struct LossArguments {
   const T* class_weight;           // [C], softmax only
   const T* class_scale;            // [L] 1 / normaliser of the class loss
   T box_scale;                     // 1 / number of boxes
-  ClassKind kind;
+  LossKind kind;
   T alpha, gamma;
+  AreaGuard<T> guard;  // of GIoU
   LossSums* sums;      // [L, B]
   T* logits_gradient;  // [L, B, Q, C] of the normalised class loss
   T* boxes_gradient;   // [L, B, Q, 8] of the normalised L1 loss (4) and GIoU loss (4)
@@ -188,8 +205,9 @@ struct LossArguments {
   const float* num_boxes;          // [], or null for offsets[B]; at least 1 is used
   const float* class_weight;       // [C], softmax only, or null for 1
   const float* loss_weight;        // [L, kTerms], or null for 0
-  ClassKind kind;
+  LossKind kind;
   T alpha, gamma;
+  AreaGuard<T> guard;  // of GIoU
   T* losses;           // [L, kTerms]
   T* total;            // []
   T* logits_gradient;  // [L, B, Q, C] of the normalised class loss

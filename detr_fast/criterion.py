@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from detr_fast.captured import CapturedCriterion
 from detr_fast.losses import mask_losses
 from detr_fast.matcher import HungarianMatcher, check_batch_size, check_class_options, queries_of
-from detr_fast.ops.matching_cost import ClassKind
-from detr_fast.ops.set_loss import TERMS, set_loss, weighted_set_loss
+from detr_fast.ops.dialect import DETR, Dialect
+from detr_fast.ops.set_loss import TERMS, LossKind, set_loss, weighted_set_loss
 from detr_fast.structures import Predictions, Targets
 
 # Entries of a layer's losses under the names of facebookresearch/detr: name, term of set_loss, differentiable.
@@ -51,7 +51,8 @@ class SetCriterion(nn.Module):
         weight_dict: weights of the entries, for :meth:`weighted_sum` and :meth:`weighted_loss`.
         eos_coef: weight of "no object" in ``loss_ce``; the buffer `empty_weight` [num_classes + 1] may be changed.
         losses: of "labels", "cardinality", "boxes", "masks".
-        kind: "softmax", or "focal" with logits of `num_classes`; None: the matcher's, as for `alpha` and `gamma`.
+        kind: "softmax", or with logits of `num_classes` "focal", "varifocal", "mal" or "ia_bce", see
+            :func:`detr_fast.ops.set_loss`; None: the matcher's, as for `alpha`, `gamma` and `dialect`.
 
     Raises:
         ValueError: an unknown loss, wrong number of logits, malformed targets or pairs (with the image).
@@ -77,9 +78,10 @@ class SetCriterion(nn.Module):
         eos_coef: float,
         losses: Sequence[str],
         *,
-        kind: ClassKind | None = None,
+        kind: LossKind | None = None,
         alpha: float | None = None,
         gamma: float | None = None,
+        dialect: Dialect | None = None,
     ) -> None:
         super().__init__()
         unknown = [name for name in losses if name not in _ENTRIES]
@@ -87,11 +89,12 @@ class SetCriterion(nn.Module):
             raise ValueError(f"SetCriterion: losses must be of {', '.join(_ENTRIES)}, got {unknown[0]!r}")
         self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
         self.eos_coef, self.losses = eos_coef, list(losses)
-        inherited: ClassKind = getattr(matcher, "kind", "softmax")
-        self.kind: ClassKind = kind or inherited
+        inherited: LossKind = getattr(matcher, "kind", "softmax")
+        self.kind: LossKind = kind or inherited
         self.alpha: float = getattr(matcher, "alpha", 0.25) if alpha is None else alpha
         self.gamma: float = getattr(matcher, "gamma", 2.0) if gamma is None else gamma
-        check_class_options("SetCriterion", self.kind, self.alpha, self.gamma)
+        self.dialect: Dialect = getattr(matcher, "dialect", DETR) if dialect is None else dialect
+        check_class_options("SetCriterion", self.kind, get_args(LossKind), self.alpha, self.gamma)
         self.empty_weight: Tensor
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = eos_coef
@@ -190,7 +193,7 @@ class SetCriterion(nn.Module):
         """All numbers and names that matching and losses depend on, beside the buffers: what a capture fixes."""
         matcher = self.matcher
         costs = [getattr(matcher, f"cost_{name}", None) for name in ("class", "bbox", "giou")]
-        kinds = [(part.kind, part.alpha, part.gamma) for part in (self, matcher) if hasattr(part, "kind")]
+        kinds = [(part.kind, part.alpha, part.gamma, part.dialect) for part in (self, matcher) if hasattr(part, "kind")]
         return dict(self.weight_dict), tuple(self.losses), *costs, *kinds
 
     def normalisers(self, targets: Targets, num_queries: int) -> Tensor:
@@ -229,9 +232,9 @@ class SetCriterion(nn.Module):
         query_of_target = self._match(predictions, packed, outputs, targets)
         return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets) if reduces else None)
 
-    def _loss_options(self, num_boxes: Tensor | None) -> tuple[Tensor | None, Tensor | None, ClassKind, float, float]:
+    def _loss_options(self, num_boxes: Tensor | None) -> tuple[Any, ...]:
         class_weight = self.empty_weight.float() if self.kind == "softmax" else None
-        return num_boxes, class_weight, self.kind, self.alpha, self.gamma
+        return num_boxes, class_weight, self.kind, self.alpha, self.gamma, self.dialect
 
     def _mask_losses(self, matched: _Matched) -> dict[str, Tensor]:
         if "masks" not in self.losses:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detr_fast.ops.assignment import COST_LIMIT, assign
+from detr_fast.ops.dialect import DETR, Dialect
 from detr_fast.ops.matching import match
-from detr_fast.ops.matching_cost import ClassKind, ForbiddenPairs
+from detr_fast.ops.matching_cost import ClassKind, ForbiddenPairs, matching_cost
 from detr_fast.structures import Predictions, Targets
 
 Pairs = list[tuple[Tensor, Tensor]]
+
+InvalidPolicy = Literal["raise", "skip", "last", "above_largest", "as_one"]
 
 
 class HungarianMatcher(nn.Module):
@@ -33,7 +38,11 @@ class HungarianMatcher(nn.Module):
             on a device also a label out of range) leads to. "raise": a ValueError that names its layer, image, target,
             query and term. "skip": such pairs are not matched, the rest is matched at least cost, and :meth:`report`
             tells how many there were; this is also what ``torch.compile(fullgraph=True)`` needs. None: "raise" on the
-            CPU, where looking costs nothing, and "skip" on other devices.
+            CPU, where looking costs nothing, and "skip" on other devices. The others match what several code bases do,
+            and report: "last" takes such pairs when there are no others (Hugging Face transformers); "above_largest"
+            gives them the layer's largest cost, plus its largest magnitude, plus 1 (RF-DETR); "as_one" makes NaN the
+            cost 1, which may well be the least there is, and infinity a very large one (D-FINE, DEIM).
+        dialect: epsilons of the cost.
 
     Raises:
         ValueError: all weights are 0, targets are malformed (with the image), or see `invalid`.
@@ -50,18 +59,21 @@ class HungarianMatcher(nn.Module):
         kind: ClassKind = "softmax",
         alpha: float = 0.25,
         gamma: float = 2.0,
-        invalid: Literal["raise", "skip"] | None = None,
+        invalid: InvalidPolicy | None = None,
+        dialect: Dialect = DETR,
     ) -> None:
         super().__init__()
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("HungarianMatcher: at least one of cost_class, cost_bbox, cost_giou must not be 0")
-        check_class_options("HungarianMatcher", kind, alpha, gamma)
-        if invalid not in (None, "raise", "skip"):
-            raise ValueError(f"HungarianMatcher: invalid must be 'raise', 'skip' or None, got {invalid!r}")
+        check_class_options("HungarianMatcher", kind, get_args(ClassKind), alpha, gamma)
+        if invalid is not None and invalid not in get_args(InvalidPolicy):
+            known = ", ".join(map(repr, get_args(InvalidPolicy)))
+            raise ValueError(f"HungarianMatcher: invalid must be one of {known} or None, got {invalid!r}")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.kind, self.alpha, self.gamma, self.invalid = kind, alpha, gamma, invalid
+        self.kind, self.alpha, self.gamma, self.invalid, self.dialect = kind, alpha, gamma, invalid, dialect
         self._status: Tensor
         self.register_buffer("_status", ForbiddenPairs.new_status(), persistent=False)
+        self._group_statuses: dict[int, Tensor] = {}  # of match_groups, by the number of groups
 
     @overload
     def forward(self, outputs: Predictions, targets: Targets) -> Tensor: ...
@@ -79,56 +91,88 @@ class HungarianMatcher(nn.Module):
                 f"got {type(outputs).__name__} with {type(targets).__name__}"
             )
         if isinstance(outputs, Predictions) and isinstance(targets, Targets):
-            return self._match(outputs, targets)
+            found = self._match(outputs, targets, self._status_on(outputs.logits.device))
+            return self._checked(found, outputs, targets)
         predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])  # type: ignore[index]
         check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(targets))
         # Values that are wrong make pairs impossible, so that "raise" finds them anyway.
         num_labels, trust = self.num_labels(predictions.logits.shape[-1]), self._raises(predictions.logits)
         packed = Targets.pack(targets, num_labels, check_values=not trust)  # type: ignore[arg-type]
         packed = packed.to(predictions.logits.device)
-        return pairs_of(self._match(predictions, packed)[0], packed.offsets)
+        status = self._status_on(predictions.logits.device)
+        found = self._checked(self._match(predictions, packed, status), predictions, packed)
+        return pairs_of(found[0], packed.offsets)
 
     def num_labels(self, classes: int) -> int:
         """Labels that a target may have when there are this many logits: "no object" is none of them."""
         return classes - 1 if self.kind == "softmax" else classes
 
-    def _match(self, predictions: Predictions, targets: Targets) -> Tensor:
-        if self._status.device != predictions.logits.device:
-            self._status = self._status.to(predictions.logits.device)
-        query_of_target = match(
-            predictions.logits,
-            predictions.boxes,
-            targets.labels,
-            targets.boxes,
-            targets.offsets,
-            self.cost_class,
-            self.cost_bbox,
-            self.cost_giou,
-            self.kind,
-            self.alpha,
-            self.gamma,
-            status=self._status,
-            max_count=targets.max_count,
-        )
-        if self._raises(query_of_target):
+    @torch.no_grad()
+    def match_groups(self, predictions: Predictions, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
+        """Matches all targets with each of `groups` groups of queries; group g has queries g Q/groups and following.
+
+        Returns query_of_target ``[L, groups * T]`` int32, queries in ``[0, Q)``, and the targets that its rows belong
+        to: those of each image `groups` times over, group by group. One call of the op, as for one group.
+
+        Source: Chen et al., "Group DETR", ICCV 2023.
+        """
+        if groups == 1:
+            return self(predictions, targets), targets
+        repeated = targets.repeated(groups)
+        grouped = predictions.grouped(groups)
+        device = predictions.logits.device
+        if groups not in self._group_statuses or self._group_statuses[groups].device != device:
+            self._group_statuses[groups] = ForbiddenPairs.new_status(device)
+        found = self._match(grouped, repeated, self._group_statuses[groups])
+        self._checked(found, predictions, targets)
+        rows = torch.arange(found.shape[1], device=found.device)
+        group = (torch.searchsorted(repeated.offsets, rows, right=True) - 1) % groups
+        found = torch.where(found >= 0, found + (group * grouped.logits.shape[2]).to(torch.int32), found)
+        return found, replace(repeated, offsets=repeated.offsets[::groups], max_count=groups * targets.max_count)
+
+    def _status_on(self, device: torch.device) -> Tensor:
+        if self._status.device != device:
+            self._status = self._status.to(device)
+        return self._status
+
+    def _match(self, predictions: Predictions, targets: Targets, status: Tensor) -> Tensor:
+        arguments = (predictions.logits, predictions.boxes, targets.labels, targets.boxes, targets.offsets)
+        costs = (self.cost_class, self.cost_bbox, self.cost_giou)
+        most = targets.max_count
+        options: dict[str, Any] = {"kind": self.kind, "alpha": self.alpha, "gamma": self.gamma, "dialect": self.dialect}
+        options |= {"status": status, "max_count": most}
+        if self.invalid in (None, "raise", "skip"):
+            found = match(*arguments, *costs, **options)
+        else:
+            cost = matching_cost(*arguments, *costs, **options)
+            found = assign(replaced(cost, self.invalid, most), targets.offsets, most)
+        return found
+
+    def _checked(self, found: Tensor, predictions: Predictions, targets: Targets) -> Tensor:
+        if self._raises(found):
             forbidden = self.report()
             if forbidden is not None:
                 targets.to("cpu").check_values(self.num_labels(predictions.logits.shape[-1]))
                 raise ValueError(f"HungarianMatcher: {forbidden}")
-        return query_of_target
+        return found
 
     def _raises(self, tensor: Tensor) -> bool:
         return self.invalid == "raise" or (self.invalid is None and tensor.device.type == "cpu")
 
     def report(self) -> ForbiddenPairs | None:
-        """Pairs skipped since the last report, with the position of the first; None if there were none.
+        """Pairs without a finite cost since the last report, with the position of the first; None if there were none.
 
         Waits for the device.
         """
-        forbidden = ForbiddenPairs.read(self._status)
-        if forbidden is not None:
-            self._status.zero_()
-        return forbidden
+        first, count = None, 0
+        for groups, status in ((1, self._status), *self._group_statuses.items()):
+            forbidden = ForbiddenPairs.read(status)
+            if forbidden is None:
+                continue
+            status.zero_()
+            count += forbidden.count
+            first = first or replace(forbidden, image=forbidden.image // groups)
+        return None if first is None else replace(first, count=count)
 
     def extra_repr(self) -> str:
         return (
@@ -174,10 +218,24 @@ def queries_of(pairs: Sequence[tuple[Tensor, Tensor]], targets: Targets, num_que
     return query_of_target.to(targets.labels.device)
 
 
-def check_class_options(name: str, kind: str, alpha: float, gamma: float) -> None:
+def replaced(cost: Tensor, policy: InvalidPolicy | None, max_count: int) -> Tensor:  # [L, T, Q] -> [L, T, Q]
+    """Costs that the assignment would forbid, replaced as `policy` says."""
+    if cost.numel() == 0:
+        return cost
+    if policy == "as_one":
+        return cost.nan_to_num(nan=1.0).clamp(-COST_LIMIT / 2, COST_LIMIT / 2)
+    is_allowed = cost.abs() < COST_LIMIT
+    magnitude = cost.abs().where(is_allowed, 0).amax((1, 2), keepdim=True)
+    if policy == "last":  # more than all allowed pairs of an image can cost
+        return cost.where(is_allowed, 2 * max(max_count, 1) * magnitude + 1)
+    largest = cost.where(is_allowed, -magnitude).amax((1, 2), keepdim=True)
+    return cost.where(is_allowed, largest + magnitude + 1)
+
+
+def check_class_options(name: str, kind: str, kinds: Sequence[str], alpha: float, gamma: float) -> None:
     """Options of the class cost and loss, the same in matcher and criterion."""
-    if kind not in ("softmax", "focal", "focal_stable"):
-        raise ValueError(f"{name}: kind must be softmax, focal or focal_stable, got {kind!r}")
+    if kind not in kinds:
+        raise ValueError(f"{name}: kind must be {', '.join(kinds[:-1])} or {kinds[-1]}, got {kind!r}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"{name}: alpha must be in [0, 1], got {alpha}")
     if gamma < 0:

@@ -122,6 +122,18 @@ class Predictions:
             outputs["aux_outputs"] = [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in pairs]
         return outputs
 
+    def grouped(self, groups: int) -> Predictions:
+        """Every group of queries as an image of its own: views ``[L, B * groups, Q / groups, ...]``.
+
+        Raises:
+            ValueError: the queries cannot be divided into that many groups of equal size.
+        """
+        layers, images, queries, classes = self.logits.shape
+        if groups < 1 or queries % groups:
+            raise ValueError(f"Predictions.grouped: groups must divide {queries} queries, got {groups}")
+        shape = (layers, images * groups, queries // groups)
+        return Predictions(self.logits.reshape(*shape, classes), self.boxes.reshape(*shape, 4))
+
 
 def _stacked(layers: Sequence[Tensor]) -> Tensor:  # L x [...] -> [L, ...]
     """``torch.stack``; where the layers are all slices of one tensor, as decoders return them, that tensor itself.
@@ -213,6 +225,24 @@ class Targets:
             f"targets of {where}: box must be (cx, cy, w, h), finite, with w and h at least 0, "
             f"got {self.boxes[row].tolist()}"
         )
+
+    def repeated(self, groups: int) -> Targets:
+        """The targets of each image `groups` times over: rows in the order image, group, target; without masks.
+
+        Offsets ``[B * groups + 1]`` make an image of every group, as :meth:`Predictions.grouped` does. Waits for no
+        device; rows past ``offsets[B]`` repeat some target and belong to no image.
+
+        Raises:
+            ValueError: `groups` is less than 1.
+        """
+        if groups < 1:
+            raise ValueError(f"Targets.repeated: groups must be at least 1, got {groups}")
+        counts = self.offsets.diff().repeat_interleave(groups)
+        offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        rows = torch.arange(len(self.labels) * groups, device=offsets.device)
+        part = torch.searchsorted(offsets, rows, right=True).sub_(1).clamp_(max=max(len(counts) - 1, 0))
+        source = (rows - offsets[part] + self.offsets[part // groups]).clamp_(max=max(len(self.labels) - 1, 0))
+        return Targets(self.labels[source], self.boxes[source], offsets, self.max_count)
 
     def to(self, device: torch.device | str) -> Targets:
         """On a CUDA device: everything but masks in one pinned buffer and one asynchronous copy."""

@@ -121,7 +121,7 @@ def test_arguments_are_checked() -> None:
         HungarianMatcher(0, 0, 0)
     with pytest.raises(ValueError, match="kind must be softmax, focal or focal_stable, got 'sigmoid'"):
         HungarianMatcher(kind="sigmoid")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="invalid must be 'raise', 'skip' or None, got 'ignore'"):
+    with pytest.raises(ValueError, match=r"invalid must be one of .*'as_one' or None, got 'ignore'"):
         HungarianMatcher(invalid="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got -1"):
         HungarianMatcher(alpha=-1)
@@ -130,3 +130,95 @@ def test_arguments_are_checked() -> None:
         HungarianMatcher()(outputs, targets[:2])
     with pytest.raises(TypeError, match="got Predictions with list"):
         HungarianMatcher()(Predictions(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 4)), targets)
+
+
+def published_pairs(cost: Tensor, policy: str) -> list[Tensor]:
+    """What the code bases make of costs [Q, T] that are not finite, as they write it, solved by SciPy."""
+    largest = 1e6  # transformers: the largest float32, to which SciPy cannot add the costs of the good pairs
+    if policy == "last":
+        cost = cost.nan_to_num(nan=largest, posinf=largest, neginf=largest)
+    elif policy == "as_one":
+        cost = cost.nan_to_num(nan=1.0)
+    else:
+        finite = cost[cost.isfinite()]
+        cost = torch.where(cost.isfinite(), cost, finite.max() + finite.abs().max() + 1)
+    return [torch.from_numpy(side) for side in scipy.optimize.linear_sum_assignment(cost.double())]
+
+
+@pytest.mark.parametrize("policy", ["last", "above_largest", "as_one"])
+@pytest.mark.parametrize("bad", [(0,), (3, 7), tuple(range(7))])
+def test_published_policies_for_bad_pairs(policy: str, bad: tuple[int, ...]) -> None:
+    for seed in range(5):
+        outputs, targets = batch(counts=(4,), queries=9)
+        outputs["pred_logits"] += torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(seed))
+        outputs["pred_logits"][0, list(bad)] = torch.nan
+        packed = Targets.pack(targets)
+        arguments = (outputs["pred_logits"][None], outputs["pred_boxes"][None], packed.labels, packed.boxes)
+        cost = matching_cost_reference(*arguments, packed.offsets, 1.0, 5.0, 2.0)[0].mT
+        matcher = HungarianMatcher(1, 5, 2, invalid=policy)  # type: ignore[arg-type]
+        queries, own = matcher(outputs, targets)[0]
+        expected_queries, expected_own = published_pairs(cost, policy)
+        good = [~torch.isin(side, torch.tensor(bad)) for side in (queries, expected_queries)]
+        # Bad pairs cost the same: which of the bad queries a target gets says nothing.
+        assert queries[good[0]].tolist() == expected_queries[good[1]].tolist()
+        assert own[good[0]].tolist() == expected_own[good[1]].tolist()
+        assert own.sort()[0].tolist() == expected_own.sort()[0].tolist()
+        found = matcher.report()
+        assert found is not None
+        assert (found.count, found.query, found.terms) == (4 * len(bad), bad[0], ("class",))
+
+
+def test_policies_without_targets_or_finite_costs() -> None:
+    for policy in ("last", "above_largest", "as_one"):
+        matcher = HungarianMatcher(1, 5, 2, invalid=policy)  # type: ignore[arg-type]
+        outputs, targets = batch(counts=(0, 0))
+        assert [len(q) for q, _ in matcher(outputs, targets)] == [0, 0]
+        outputs, targets = batch(counts=(2, 3))
+        outputs["pred_boxes"][1] = torch.nan
+        assert [len(q) for q, _ in matcher(outputs, targets)] == [2, 3]
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 12), (0, 0), (1,)])
+def test_groups_are_matched_as_if_alone(counts: tuple[int, ...]) -> None:
+    groups, queries = 3, 5
+    outputs, targets = batch(counts, groups * queries)
+    packed = Targets.pack(targets)
+    predictions = Predictions.from_dict(outputs)
+    matcher = HungarianMatcher(1, 5, 2)
+    found, repeated = matcher.match_groups(predictions, packed, groups)
+    assert found.shape == (1, groups * sum(counts))
+    assert repeated.offsets.tolist() == [groups * start for start in packed.offsets.tolist()]
+    assert repeated.max_count == groups * max(counts)
+    rows = iter(found[0].tolist())
+    for image, count in enumerate(counts):
+        for group in range(groups):
+            part = slice(group * queries, (group + 1) * queries)
+            alone = {name: value[image : image + 1, part] for name, value in outputs.items()}
+            pairs = dict(
+                zip(*(side.tolist() for side in matcher(alone, targets[image : image + 1])[0][::-1]), strict=True)
+            )
+            expected = [pairs.get(target, -1) for target in range(count)]
+            assert [next(rows) for _ in range(count)] == [x if x < 0 else x + group * queries for x in expected]
+    labels = torch.cat([target["labels"].repeat(groups) for target in targets])
+    assert torch.equal(repeated.labels, labels)
+
+
+def test_a_bad_pair_of_a_group_is_reported_with_its_image() -> None:
+    outputs, targets = batch((1, 2), 6)
+    outputs["pred_boxes"][1, 4] = torch.nan  # the second query of the second of two groups of three
+    matcher = HungarianMatcher(1, 5, 2, invalid="skip")
+    matcher.match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 2)
+    found = matcher.report()
+    assert found is not None
+    assert (found.count, found.image, found.query) == (2, 1, 1)
+    assert matcher.report() is None
+    with pytest.raises(ValueError, match="image 1"):
+        HungarianMatcher(1, 5, 2).match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 2)
+
+
+def test_groups_must_divide_the_queries() -> None:
+    outputs, targets = batch((1, 2), 6)
+    with pytest.raises(ValueError, match="groups must divide 6 queries, got 4"):
+        HungarianMatcher().match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 4)
+    with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
+        Targets.pack(targets).repeated(0)

@@ -1,5 +1,5 @@
 // Arithmetic of box pairs, for scalars and for SIMD lanes: L1, IoU, GIoU and their gradients.
-// GIoU: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019. No epsilon, as in DETR.
+// GIoU: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
 #pragma once
 
 #include <limits>
@@ -71,16 +71,34 @@ DETR_HD Overlap<V> overlap_of(Corners<V> a, Corners<V> b) {
   return o;
 }
 
-// Undefined (NaN) for two boxes without area.
-template <typename V>
-DETR_HD V giou_of(Overlap<V> o) {
-  return o.intersection / o.union_area - (o.hull - o.union_area) / o.hull;
+// What keeps a code base's divisions by the union and by the hull from zero: max(area, floor) + added. Zeros in DETR.
+template <typename T>
+struct AreaGuard {
+  T floor, added;
+};
+
+// NaN stays, and a guard of zeros changes no bit of an area.
+template <typename V, typename T>
+DETR_HD V guarded(V area, AreaGuard<T> guard) {
+  const V floor = area - area + guard.floor;
+  return (area < floor ? floor : area) + guard.added;
+}
+
+template <typename V, typename T>
+DETR_HD V iou_of(Overlap<V> o, AreaGuard<T> guard) {
+  return o.intersection / guarded(o.union_area, guard);
+}
+
+// Without a guard undefined (NaN) for two boxes without area.
+template <typename V, typename T>
+DETR_HD V giou_of(Overlap<V> o, AreaGuard<T> guard) {
+  return iou_of(o, guard) - (o.hull - o.union_area) / guarded(o.hull, guard);
 }
 
 // NaN also for boxes of negative width or height.
-template <typename V>
-DETR_HD V giou_or_nan(CentreBox<V> a, CentreBox<V> b) {
-  const V giou = giou_of(overlap_of(corners_of(a), corners_of(b)));
+template <typename V, typename T>
+DETR_HD V giou_or_nan(CentreBox<V> a, CentreBox<V> b, AreaGuard<T> guard) {
+  const V giou = giou_of(overlap_of(corners_of(a), corners_of(b)), guard);
   const V nan = giou * 0 + std::numeric_limits<float>::quiet_NaN();
   const V least_side = smaller(smaller(a.w, a.h), smaller(b.w, b.h));
   return least_side < 0 ? nan : giou;
@@ -100,10 +118,13 @@ DETR_HD T share_of_larger(T a, T b) {
 
 // Gradient of 1 - GIoU with respect to box `a`, in cxcywh.
 template <typename T>
-DETR_HD CentreBox<T> giou_loss_gradient(Corners<T> a, Corners<T> b, Overlap<T> o) {
-  const T by_intersection = -1 / o.union_area - o.intersection / (o.union_area * o.union_area) + 1 / o.hull;
-  const T by_area = o.intersection / (o.union_area * o.union_area) - 1 / o.hull;
-  const T by_hull = o.union_area / (o.hull * o.hull);
+DETR_HD CentreBox<T> giou_loss_gradient(Corners<T> a, Corners<T> b, Overlap<T> o, AreaGuard<T> guard) {
+  const T joined = guarded(o.union_area, guard), hull = guarded(o.hull, guard);
+  // An area below its floor passes no gradient on, but for the one in a numerator.
+  const T by_union = o.union_area < guard.floor ? T(0) : o.intersection / (joined * joined);
+  const T by_intersection = -1 / joined - by_union + 1 / hull;
+  const T by_area = by_union - 1 / hull;
+  const T by_hull = o.hull < guard.floor ? 1 / hull : (hull - o.hull + o.union_area) / (hull * hull);
   // clamp(min=0) passes the gradient on at equality.
   const T by_width = o.width >= 0 ? by_intersection * larger(o.height, T(0)) : T(0);
   const T by_height = o.height >= 0 ? by_intersection * larger(o.width, T(0)) : T(0);

@@ -1,8 +1,10 @@
-// Sigmoid focal terms, for scalars and for SIMD lanes. `Math` supplies exp and log for V.
-// Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; cost: Zhu et al., "Deformable DETR", ICLR 2021.
+// Sigmoid terms of class costs and losses, for scalars and for SIMD lanes. `Math` supplies exp and log for V.
+// Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; cost: Zhu et al., "Deformable DETR", ICLR 2021; soft
+// goals: Zhang et al., "VarifocalNet", CVPR 2021 (varifocal), Huang et al., "DEIM", CVPR 2025 (mal), Chen et al.,
+// "LW-DETR", 2024, after Cai et al., "Align-DETR", 2023 (ia_bce).
 #pragma once
 
-#include "box.h"
+#include "../kernels.h"
 
 namespace detr {
 
@@ -33,11 +35,10 @@ DETR_HD V power_of(V base, T gamma) {
   return base > zero ? Math::exp(gamma * Math::log(base)) : (gamma == 0 ? zero + 1 : zero);
 }
 
-// Positive minus negative focal term, with the published 1e-8 inside the logarithms (`stable` leaves it out).
+// Positive minus negative focal term, with `epsilon` inside the logarithms (`stable` leaves it out).
 template <typename Math, typename V, typename T>
-DETR_HD V focal_cost(V x, T alpha, T gamma, bool stable) {
+DETR_HD V focal_cost(V x, T alpha, T gamma, bool stable, T epsilon) {
   const Sigmoid<V> s = sigmoid_of<Math>(x);
-  const T epsilon = T(1e-8);
   const V minus_log_p = stable ? s.minus_log_p : -Math::log(s.p + epsilon);
   const V minus_log_q = stable ? s.minus_log_q : -Math::log(1 - s.p + epsilon);
   const V positive = alpha * power_of<Math>(stable ? s.q : 1 - s.p, gamma) * minus_log_p;
@@ -45,22 +46,52 @@ DETR_HD V focal_cost(V x, T alpha, T gamma, bool stable) {
   return positive - negative;
 }
 
-// Focal loss of one logit and its derivative, for a positive and for a negative example.
+// Loss of one logit and its derivative.
 template <typename V>
-struct FocalTerm {
+struct ClassTerm {
   V loss, gradient;
 };
 
 template <typename Math, typename V, typename T>
-DETR_HD FocalTerm<V> focal_loss_positive(Sigmoid<V> s, T alpha, T gamma) {
+DETR_HD ClassTerm<V> focal_positive(Sigmoid<V> s, T alpha, T gamma) {
   const V weight = alpha * power_of<Math>(s.q, gamma);
   return {weight * s.minus_log_p, weight * (-gamma * s.p * s.minus_log_p - s.q)};
 }
 
+// How the negative examples of a loss are weighted: factor p^gamma, through which a gradient may pass or not.
+template <typename T>
+struct NegativeWeight {
+  T factor, gamma;
+  bool passes_gradient;
+};
+
+template <typename T>
+DETR_HD NegativeWeight<T> negative_weight(LossKind kind, T alpha, T gamma) {
+  if (kind == LossKind::kFocal) return {1 - alpha, gamma, true};
+  if (kind == LossKind::kIaBce) return {T(1), gamma, true};
+  return {alpha, gamma, false};
+}
+
 template <typename Math, typename V, typename T>
-DETR_HD FocalTerm<V> focal_loss_negative(Sigmoid<V> s, T alpha, T gamma) {
-  const V weight = (1 - alpha) * power_of<Math>(s.p, gamma);
-  return {weight * s.minus_log_q, weight * (gamma * s.q * s.minus_log_q + s.p)};
+DETR_HD ClassTerm<V> negative_example(Sigmoid<V> s, NegativeWeight<T> w) {
+  const V weight = w.factor * power_of<Math>(s.p, w.gamma);
+  const V slope = w.passes_gradient ? w.gamma * s.q * s.minus_log_q + s.p : s.p;
+  return {weight * s.minus_log_q, weight * slope};
+}
+
+// A positive example: of the focal loss, or with a goal that follows the IoU of its box, which is a constant here.
+template <typename Math, typename T>
+DETR_HD ClassTerm<T> positive_example(LossKind kind, Sigmoid<T> s, T iou, T alpha, T gamma) {
+  if (kind == LossKind::kFocal) return focal_positive<Math>(s, alpha, gamma);
+  T goal = iou, weight = 1;
+  if (kind == LossKind::kVarifocal) weight = iou;
+  if (kind == LossKind::kMal) goal = power_of<Math>(iou, gamma);
+  if (kind == LossKind::kIaBce) {
+    goal = power_of<Math>(s.p, alpha) * power_of<Math>(iou, 1 - alpha);
+    goal = larger(goal, T(0.01));
+  }
+  if (iou != iou) goal = iou;  // boxes without area
+  return {weight * (goal * s.minus_log_p + (1 - goal) * s.minus_log_q), weight * ((1 - goal) * s.p - goal * s.q)};
 }
 
 }  // namespace detr

@@ -13,8 +13,6 @@ namespace {
 
 constexpr Forbidden kNoneForbidden = {0, std::numeric_limits<int64_t>::max()};
 
-constexpr bool is_softmax(ClassKind kind) { return kind == ClassKind::kSoftmax; }
-
 // Where a problem's numbers are.
 struct Problem {
   int64_t layer, image, first_target, targets, first_query;
@@ -85,7 +83,8 @@ void class_costs(const CostArguments<T>& a, const Problem& problem, T* rows, T* 
   for (int64_t k = 0; k < problem.targets * queries; k += kLanes<T>) {
     const int64_t count = problem.targets * queries - k;
     const Value<T> x = load_some<T>(cost + k, count, T(0));
-    const Value<T> term = focal_cost<LaneMath<T>>(x, a.alpha, a.gamma, a.kind == ClassKind::kFocalStable);
+    const Value<T> term =
+        focal_cost<LaneMath<T>>(x, a.alpha, a.gamma, a.kind == ClassKind::kFocalStable, a.class_epsilon);
     store_some<T>(cost + k, a.class_weight * term, count);
   }
 }
@@ -106,7 +105,7 @@ void add_box_costs(const CostArguments<T>& a, const BoxLanes<T>& boxes, CentreBo
     const int64_t count = a.batch.queries - q;
     const Value<T> class_cost = load_some<T>(cost + q, count, T(0));
     const Value<T> box_cost = a.box_weight * l1_distance(box, goal) + class_cost;
-    store_some<T>(cost + q, box_cost - a.giou_weight * giou_or_nan(box, goal), count);
+    store_some<T>(cost + q, box_cost - a.giou_weight * giou_or_nan(box, goal, a.guard), count);
   }
 }
 
@@ -149,13 +148,14 @@ int64_t terms_at_fault(const CostArguments<T>& a, int64_t query, int64_t target,
       const T sum = exponentials(row, a.classes, largest_of_row(row, a.classes));
       term = row[label] / sum;
     } else {
-      term = focal_cost<ScalarMath<T>>(row[label], a.alpha, a.gamma, a.kind == ClassKind::kFocalStable);
+      const bool stable = a.kind == ClassKind::kFocalStable;
+      term = focal_cost<ScalarMath<T>>(row[label], a.alpha, a.gamma, stable, a.class_epsilon);
     }
     if (!(magnitude(a.class_weight * term) < kCostLimit<T>)) terms |= kClassTerm;
   }
   const CentreBox<T> box = load_box<T>(a.boxes, query), goal = target_box(a, target);
   if (!(magnitude(a.box_weight * l1_distance(box, goal)) < kCostLimit<T>)) terms |= kBoxTerm;
-  if (!(magnitude(a.giou_weight * giou_or_nan(box, goal)) < kCostLimit<T>)) terms |= kGiouTerm;
+  if (!(magnitude(a.giou_weight * giou_or_nan(box, goal, a.guard)) < kCostLimit<T>)) terms |= kGiouTerm;
   return terms ? terms : int64_t(kSumTerm);
 }
 

@@ -1,5 +1,5 @@
 // Set loss of one problem: class, L1 and GIoU losses with their gradients, cardinality and class error, in one pass
-// over the logits. Sums are kept in double and reduced in a fixed order. Carion et al. 2020; Zhu et al. 2021 (focal).
+// over the logits. Sums are kept in double and reduced in a fixed order. Carion et al. 2020; core/class_cost.h.
 #pragma once
 
 #include "../core/loss_gradient.h"
@@ -60,13 +60,15 @@ DETR_HD double cross_entropy(const LossArguments<T>& a, T* row, T largest, int64
   return double(a.class_weight[label]) * (double(std::log(sum)) + double(largest) - double(at_label));
 }
 
-// Sigmoid focal loss of one query; `label` is -1 where all classes are negative.
+// Sum of the sigmoid losses of one query; `label` is -1 where all classes are negative, `iou` that of the box.
 template <typename T>
-DETR_HD double focal(const LossArguments<T>& a, const T* row, int64_t label, T scale, GradientRow<T> gradient) {
+DETR_HD double sigmoid_losses(const LossArguments<T>& a, const T* row, int64_t label, T iou, T scale,
+                              GradientRow<T> gradient) {
+  const NegativeWeight<T> weight = negative_weight(a.kind, a.alpha, a.gamma);
   BlockSum<T> sum;
   for (int64_t c = 0; c < a.classes; c += kLanes<T>) {
     const auto s = sigmoid_of<LaneMath<T>>(load<T>(row + c));
-    const auto term = focal_loss_negative<LaneMath<T>>(s, a.alpha, a.gamma);
+    const auto term = negative_example<LaneMath<T>>(s, weight);
     // The label's own term is left out here rather than subtracted later, which would cancel.
     const Index<T> negative = (lane_numbers<T>() < Int<T>(a.classes - c)) & (lane_numbers<T>() != Int<T>(label - c));
     sum.add(c, negative ? term.loss : Value<T>{});
@@ -75,27 +77,28 @@ DETR_HD double focal(const LossArguments<T>& a, const T* row, int64_t label, T s
   double loss = sum.total();
   if (label >= 0) {
     const auto s = sigmoid_of<ScalarMath<T>>(row[label]);
-    const auto positive = focal_loss_positive<ScalarMath<T>>(s, a.alpha, a.gamma);
+    const auto positive = positive_example<ScalarMath<T>>(a.kind, s, iou, a.alpha, a.gamma);
     loss += double(positive.loss);
     gradient.to[label] = positive.gradient * scale;
   }
   return loss;
 }
 
-// L1 and GIoU of a matched pair, gradients into gradient [8].
+// L1 and GIoU of a matched pair, gradients into gradient [8]; returns the IoU.
 template <typename T>
-void box_losses(CentreBox<T> box, CentreBox<T> goal, T scale, LossSums& sums, T* gradient) {
+T box_losses(CentreBox<T> box, CentreBox<T> goal, AreaGuard<T> guard, T scale, LossSums& sums, T* gradient) {
   const Corners<T> corners = corners_of(box), goal_corners = corners_of(goal);
   const Overlap<T> overlap = overlap_of(corners, goal_corners);
   sums.box_loss += l1_distance(box, goal);
-  sums.giou_loss += 1 - giou_or_nan(box, goal);
-  const CentreBox<T> giou = giou_loss_gradient(corners, goal_corners, overlap);
+  sums.giou_loss += 1 - giou_or_nan(box, goal, guard);
+  const CentreBox<T> giou = giou_loss_gradient(corners, goal_corners, overlap, guard);
   const T l1[4] = {sign(box.cx - goal.cx), sign(box.cy - goal.cy), sign(box.w - goal.w), sign(box.h - goal.h)};
   const T giou_parts[4] = {giou.cx, giou.cy, giou.w, giou.h};
   for (int k = 0; k < 4; ++k) {
     gradient[k] = l1[k] * scale;
     gradient[4 + k] = giou_parts[k] * scale;
   }
+  return iou_of(overlap, guard);
 }
 
 // Loss of one query, whose logits are in `row`.
@@ -104,12 +107,13 @@ void query_loss(const LossArguments<T>& a, int64_t at, int64_t target, T* row, R
                 bool may_overrun, LossSums& sums) {
   sums.objects_predicted += peaks.is_object();
   T* boxes_gradient = a.boxes_gradient + at * 8;
+  T iou = 0;
   if (target >= 0) {
     const float* goal = a.target_boxes + 4 * target;
     sums.matched += 1;
     sums.correct += largest_of(row, a.classes) == a.labels[target];
-    box_losses<T>(load_box<T>(a.boxes, at), {T(goal[0]), T(goal[1]), T(goal[2]), T(goal[3])}, a.box_scale, sums,
-                  boxes_gradient);
+    iou = box_losses<T>(load_box<T>(a.boxes, at), {T(goal[0]), T(goal[1]), T(goal[2]), T(goal[3])}, a.guard,
+                        a.box_scale, sums, boxes_gradient);
   } else {
     for (int k = 0; k < 8; ++k) boxes_gradient[k] = 0;
   }
@@ -118,7 +122,7 @@ void query_loss(const LossArguments<T>& a, int64_t at, int64_t target, T* row, R
     const int64_t label = target >= 0 ? a.labels[target] : a.classes - 1;
     sums.class_loss += cross_entropy(a, row, larger(peaks.last, peaks.others), label, class_scale, gradient);
   } else {
-    sums.class_loss += focal(a, row, target >= 0 ? a.labels[target] : -1, class_scale, gradient);
+    sums.class_loss += sigmoid_losses(a, row, target >= 0 ? a.labels[target] : -1, iou, class_scale, gradient);
   }
 }
 

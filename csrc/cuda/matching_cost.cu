@@ -113,7 +113,7 @@ template <typename T>
 __device__ __forceinline__ Pair<T> cost_of_pair(const CostArguments<T>& a, T class_cost, const CentreBox<T>& box,
                                                 const CentreBox<T>& goal) {
   const T box_cost = a.box_weight * l1_distance(box, goal);
-  const T giou_cost = a.giou_weight * giou_or_nan(box, goal);
+  const T giou_cost = a.giou_weight * giou_or_nan(box, goal, a.guard);
   return {class_cost, box_cost, giou_cost, (box_cost + class_cost) - giou_cost};
 }
 
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
       if (a.kind == ClassKind::kSoftmax) {
         class_cost = Math<T>::exp(x - softmax[within].largest) * softmax[within].scale;
       } else {
-        class_cost = a.class_weight * focal_cost<Math<T>>(x, a.alpha, a.gamma, a.kind == ClassKind::kFocalStable);
+        class_cost = a.class_weight *
+                     focal_cost<Math<T>>(x, a.alpha, a.gamma, a.kind == ClassKind::kFocalStable, a.class_epsilon);
       }
     }
     const Pair<T> pair = cost_of_pair(a, class_cost, box, target_box<T>(a.target_boxes, first_target + t));

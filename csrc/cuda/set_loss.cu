@@ -1,8 +1,8 @@
 // Set loss of all layers with its gradients: the formulas of cpu/set_loss.h.
 //
 // A block takes up to 64 queries of one image in one layer. It sums the layer's class weights itself (a pass over the
-// targets, the same in every block), looks up which target each query has, then teams of 16 lanes take a query's logits
-// and single threads its box. Sums go to the scratch in double, and the last block to finish adds them up in a fixed
+// targets, the same in every block), looks up which target each query has, then single threads take a query's box and
+// teams of 16 lanes its logits. Sums go to the scratch in double, and the last block to finish adds them up in a fixed
 // order. Memory: logits from L2 or beyond, gradients written once.
 #include <cmath>
 
@@ -74,7 +74,7 @@ __device__ __forceinline__ double box_normaliser(const LossArguments<T>& a) {
 // before it uses `parts` again.
 template <typename T>
 __device__ __forceinline__ double class_normaliser(const LossArguments<T>& a, int layer, WarpParts& parts) {
-  if (a.kind != ClassKind::kSoftmax) return box_normaliser(a);
+  if (!is_softmax(a.kind)) return box_normaliser(a);
   const Batch& batch = a.batch;
   const int64_t last = a.classes - 1;
   const auto weight_of = [&](int64_t c) { return a.class_weight ? double(a.class_weight[c]) : 1.0; };
@@ -166,15 +166,16 @@ __device__ __forceinline__ double cross_entropy(const LossArguments<T>& a, const
   return double(own_weight) * (double(log(sum)) + double(largest) - double(at_label));
 }
 
-// Sigmoid focal loss of a team's query; label -1: all classes are negative.
+// Sum of the sigmoid losses of a team's query; label -1: all classes are negative.
 template <typename T, typename E>
-__device__ __forceinline__ double focal(const LossArguments<T>& a, const Row<T, E>& row, int64_t label, T scale,
-                                        T* gradient) {
+__device__ __forceinline__ double sigmoid_losses(const LossArguments<T>& a, const Row<T, E>& row, int64_t label, T iou,
+                                                 T scale, T* gradient) {
+  const NegativeWeight<T> weight = negative_weight(a.kind, a.alpha, a.gamma);
   T sum = 0;
   for (int c = row.lane; c < row.classes; c += kTeam) {
     const Sigmoid<T> s = sigmoid_of<Math<T>>(row(c));
-    const FocalTerm<T> term = c == label ? focal_loss_positive<Math<T>>(s, a.alpha, a.gamma)
-                                         : focal_loss_negative<Math<T>>(s, a.alpha, a.gamma);
+    const ClassTerm<T> term =
+        c == label ? positive_example<Math<T>>(a.kind, s, iou, a.alpha, a.gamma) : negative_example<Math<T>>(s, weight);
     sum += term.loss;
     if (gradient) gradient[c] = term.gradient * scale;
   }
@@ -192,21 +193,22 @@ __device__ __forceinline__ void put_gradient(double* to, const double (&x)[8]) {
   for (int k = 0; k < 8; ++k) to[k] = x[k];
 }
 
-// L1 and GIoU of one query's box, with their gradients; zero without a target.
+// L1 and GIoU of one query's box, with their gradients; returns the IoU. All zero without a target.
 template <typename T>
-__device__ __forceinline__ void box_losses(const LossArguments<T>& a, int64_t query, int64_t target, T scale,
-                                           ThreadSums& sums) {
+__device__ __forceinline__ T box_losses(const LossArguments<T>& a, int64_t query, int64_t target, T scale,
+                                        ThreadSums& sums) {
   if (target < 0) {
     const T zeros[8] = {};
-    return put_gradient(a.boxes_gradient + 8 * query, zeros);
+    put_gradient(a.boxes_gradient + 8 * query, zeros);
+    return 0;
   }
   const CentreBox<T> box = read_box<T>(a.boxes, query), goal = target_box<T>(a.target_boxes, target);
   const Corners<T> corners = corners_of(box), goal_corners = corners_of(goal);
   const Overlap<T> overlap = overlap_of(corners, goal_corners);
   sums.matched += 1;
   sums.box_loss += double(l1_distance(box, goal));
-  sums.giou_loss += double(1 - giou_or_nan(box, goal));
-  const CentreBox<T> giou = giou_loss_gradient(corners, goal_corners, overlap);
+  sums.giou_loss += double(1 - giou_or_nan(box, goal, a.guard));
+  const CentreBox<T> giou = giou_loss_gradient(corners, goal_corners, overlap, a.guard);
   const T parts[8] = {sign(box.cx - goal.cx),
                       sign(box.cy - goal.cy),
                       sign(box.w - goal.w),
@@ -219,12 +221,14 @@ __device__ __forceinline__ void box_losses(const LossArguments<T>& a, int64_t qu
 #pragma unroll
   for (int k = 0; k < 8; ++k) gradient[k] = parts[k] * scale;
   put_gradient(a.boxes_gradient + 8 * query, gradient);
+  return iou_of(overlap, a.guard);
 }
 
 // Class loss and error of the block's queries, four for each team.
 template <typename T, typename E>
 __device__ __forceinline__ void class_losses(const LossArguments<T>& a, int64_t first_query, int count,
-                                             const int* target_of_query, T scale, ThreadSums& sums) {
+                                             const int* target_of_query, const T* iou_of_query, T scale,
+                                             ThreadSums& sums) {
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
   for (int start = 0; start < count; start += kTeams) {
     const int query = start + team;
@@ -237,12 +241,13 @@ __device__ __forceinline__ void class_losses(const LossArguments<T>& a, int64_t 
     const bool correct = is_correct(row, label);
     T* gradient = is_query ? a.logits_gradient + at * a.classes : nullptr;
     double loss;
-    if (a.kind == ClassKind::kSoftmax) {
+    if (is_softmax(a.kind)) {
       const int64_t last = a.classes - 1;
       const int64_t wanted = target < 0 ? last : label < last ? label : -1;  // a target's label is never "no object"
       loss = cross_entropy(a, row, larger(peaks.last, peaks.others), wanted, scale, gradient);
     } else {
-      loss = focal(a, row, target < 0 ? -1 : label >= 0 ? label : a.classes, scale, gradient);
+      const int64_t wanted = target < 0 ? -1 : label >= 0 ? label : a.classes;
+      loss = sigmoid_losses(a, row, wanted, iou_of_query[is_query ? query : 0], scale, gradient);
     }
     if (lane != 0 || !is_query) continue;
     sums.class_loss += loss;
@@ -339,6 +344,7 @@ template <typename T, typename E>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double) ? 1 : 4)
     set_loss_kernel(const LossLaunch<T> launch) {
   __shared__ int target_of_query[kMostTile];
+  __shared__ T iou_of_query[kMostTile];
   __shared__ WarpParts parts;
   __shared__ bool is_last;
   const LossArguments<T>& a = launch.arguments;
@@ -361,9 +367,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double) ? 1 : 4)
   __syncthreads();
 
   ThreadSums sums;
-  class_losses<T, E>(a, first_query, count, target_of_query, T(1 / normaliser), sums);
   if (int(threadIdx.x) < count)
-    box_losses(a, first_query + threadIdx.x, target_of_query[threadIdx.x], T(1 / box_normaliser(a)), sums);
+    iou_of_query[threadIdx.x] =
+        box_losses(a, first_query + threadIdx.x, target_of_query[threadIdx.x], T(1 / box_normaliser(a)), sums);
+  __syncthreads();
+  class_losses<T, E>(a, first_query, count, target_of_query, iou_of_query, T(1 / normaliser), sums);
   store_partial(sums, normaliser, parts, launch.partials + blockIdx.x);
   if (threadIdx.x == 0) {
     __threadfence();

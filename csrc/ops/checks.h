@@ -73,6 +73,23 @@ inline ClassKind class_kind(const char* op, const std::string& kind) {
   return ClassKind::kFocalStable;
 }
 
+inline LossKind loss_kind(const char* op, const std::string& kind) {
+  if (kind == "softmax") return LossKind::kSoftmax;
+  if (kind == "focal" || kind == "focal_stable") return LossKind::kFocal;
+  if (kind == "varifocal") return LossKind::kVarifocal;
+  if (kind == "mal") return LossKind::kMal;
+  check(kind == "ia_bce", op, ": kind must be softmax, focal, focal_stable, varifocal, mal or ia_bce, got ", kind);
+  return LossKind::kIaBce;
+}
+
+// Numbers in which code bases differ, as detr_fast/ops/dialect.py.
+template <typename T>
+AreaGuard<T> area_guard(const char* op, double floor, double epsilon) {
+  check(floor >= 0 && epsilon >= 0, op, ": giou_floor and giou_epsilon must be at least 0, got ", floor, " and ",
+        epsilon);
+  return {T(floor), T(epsilon)};
+}
+
 // Contiguous and owned for the duration of a call.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

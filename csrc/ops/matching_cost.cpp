@@ -12,7 +12,7 @@ struct CostOptions {
   int64_t max_count;
   double class_weight, box_weight, giou_weight;
   std::string kind;
-  double alpha, gamma;
+  double alpha, gamma, class_epsilon, giou_floor, giou_epsilon;
 };
 
 template <typename T>
@@ -29,7 +29,9 @@ CostArguments<T> arguments_of(const char* op, const CostInputs& in, const CostOp
           T(options.giou_weight),
           class_kind(op, options.kind),
           T(options.alpha),
-          T(options.gamma)};
+          T(options.gamma),
+          T(options.class_epsilon),
+          area_guard<T>(op, options.giou_floor, options.giou_epsilon)};
 }
 
 // The status packs a position into one integer.
@@ -93,10 +95,12 @@ Tensor matching_cost_on_host(const CostInputs& in, const CostOptions& options, c
 
 Tensor matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
                      std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
-                     double giou_weight, std::string kind, double alpha, double gamma) {
+                     double giou_weight, std::string kind, double alpha, double gamma, double class_epsilon,
+                     double giou_floor, double giou_epsilon) {
   const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
   check_status("matching_cost", status);
-  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
+                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
   return needs_double(logits, boxes) ? matching_cost_on_host<double>(in, options, status)
                                      : matching_cost_on_host<float>(in, options, status);
 }
@@ -113,10 +117,12 @@ Tensor match_on_host(const CostInputs& in, const CostOptions& options, const std
 
 Tensor match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
              std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
-             double giou_weight, std::string kind, double alpha, double gamma) {
+             double giou_weight, std::string kind, double alpha, double gamma, double class_epsilon, double giou_floor,
+             double giou_epsilon) {
   const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
   check_status("match", status);
-  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
+                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
   return needs_double(logits, boxes) ? match_on_host<double>(in, options, status)
                                      : match_on_host<float>(in, options, status);
 }
@@ -147,12 +153,14 @@ Tensor matching_cost_on_device(const CostInputs& in, const CostOptions& options,
 
 Tensor matching_cost_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
                           std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
-                          double giou_weight, std::string kind, double alpha, double gamma) {
+                          double giou_weight, std::string kind, double alpha, double gamma, double class_epsilon,
+                          double giou_floor, double giou_epsilon) {
   const OnDevice device(logits);
   const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
   check_devices("matching_cost", in);
   int64_t* found = status_data("matching_cost", status, logits);
-  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
+                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
   return needs_double(logits, boxes) ? matching_cost_on_device<double>(in, options, found, device.stream())
                                      : matching_cost_on_device<float>(in, options, found, device.stream());
 }
@@ -181,12 +189,14 @@ Tensor match_on_device(const CostInputs& in, const CostOptions& options, int64_t
 
 Tensor match_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
                   std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
-                  double giou_weight, std::string kind, double alpha, double gamma) {
+                  double giou_weight, std::string kind, double alpha, double gamma, double class_epsilon,
+                  double giou_floor, double giou_epsilon) {
   const OnDevice device(logits);
   const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
   check_devices("match", in);
   int64_t* found = status_data("match", status, logits);
-  const CostOptions options = {max_count, class_weight, box_weight, giou_weight, kind, alpha, gamma};
+  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
+                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
   return needs_double(logits, boxes) ? match_on_device<double>(in, options, found, device.stream())
                                      : match_on_device<float>(in, options, found, device.stream());
 }
@@ -198,8 +208,8 @@ Tensor match_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxe
 STABLE_TORCH_LIBRARY_FRAGMENT(DETR_LIBRARY, m) {
   const std::string arguments =
       "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, Tensor(a!)? status, "
-      "SymInt max_count, float class_weight, float box_weight, float giou_weight, str kind, float alpha, float gamma) "
-      "-> Tensor";
+      "SymInt max_count, float class_weight, float box_weight, float giou_weight, str kind, float alpha, float gamma, "
+      "float class_epsilon=1e-8, float giou_floor=0.0, float giou_epsilon=0.0) -> Tensor";
   m.def(("matching_cost" + arguments).c_str());
   m.def(("match" + arguments).c_str());
 }

@@ -16,8 +16,8 @@ struct LossInputs {
   CostInputs predictions;
   Tensor query_of_target;
   std::optional<Tensor> num_boxes, class_weight, loss_weight;
-  ClassKind kind;
-  double alpha, gamma;
+  LossKind kind;
+  double alpha, gamma, giou_floor, giou_epsilon;
 };
 
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
@@ -31,7 +31,7 @@ const float* data_or_null(const std::optional<Tensor>& tensor) {
 LossInputs checked(const Tensor& logits, const Tensor& boxes, const Tensor& query_of_target, const Tensor& labels,
                    const Tensor& target_boxes, const Tensor& offsets, const std::optional<Tensor>& num_boxes,
                    const std::optional<Tensor>& class_weight, const std::optional<Tensor>& loss_weight,
-                   const std::string& kind, double alpha, double gamma) {
+                   const std::string& kind, double alpha, double gamma, double giou_floor, double giou_epsilon) {
   const char* op = "set_loss";
   const CostInputs predictions = checked_inputs(op, logits, boxes, labels, target_boxes, offsets);
   check(logits.size(1) > 0 && logits.size(2) > 0, op, ": logits must have at least one image and one query, got ",
@@ -55,9 +55,11 @@ LossInputs checked(const Tensor& logits, const Tensor& boxes, const Tensor& quer
           dense(num_boxes),
           dense(class_weight),
           dense(loss_weight),
-          class_kind(op, kind),
+          loss_kind(op, kind),
           alpha,
-          gamma};
+          gamma,
+          giou_floor,
+          giou_epsilon};
 }
 
 Batch batch_of(const LossInputs& in) {
@@ -151,10 +153,10 @@ void check_matches(const Batch& batch, const int32_t* query_of_target, const int
 
 // 1 / normaliser of the class loss of each layer: the weights of all queries' classes, or the number of boxes.
 template <typename T>
-std::vector<T> class_scales(const Batch& batch, ClassKind kind, const int32_t* query_of_target, const int64_t* labels,
+std::vector<T> class_scales(const Batch& batch, LossKind kind, const int32_t* query_of_target, const int64_t* labels,
                             const std::vector<T>& class_weight, double num_boxes) {
   std::vector<T> scales(batch.layers, T(1 / num_boxes));
-  if (kind != ClassKind::kSoftmax) return scales;
+  if (!is_softmax(kind)) return scales;
   for (int64_t layer = 0; layer < batch.layers; ++layer) {
     int64_t matched = 0;
     double weights = 0;
@@ -232,6 +234,7 @@ SetLoss set_loss_on_host(const LossInputs& in) {
                                       in.kind,
                                       T(in.alpha),
                                       T(in.gamma),
+                                      area_guard<T>("set_loss", in.giou_floor, in.giou_epsilon),
                                       sums.data(),
                                       logits_gradient.template mutable_data_ptr<T>(),
                                       boxes_gradient.template mutable_data_ptr<T>()};
@@ -245,9 +248,10 @@ SetLoss set_loss_on_host(const LossInputs& in) {
 
 SetLoss set_loss(Tensor logits, Tensor boxes, Tensor query_of_target, Tensor labels, Tensor target_boxes,
                  Tensor offsets, std::optional<Tensor> num_boxes, std::optional<Tensor> class_weight,
-                 std::optional<Tensor> loss_weight, std::string kind, double alpha, double gamma) {
+                 std::optional<Tensor> loss_weight, std::string kind, double alpha, double gamma, double giou_floor,
+                 double giou_epsilon) {
   const LossInputs in = checked(logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes, class_weight,
-                                loss_weight, kind, alpha, gamma);
+                                loss_weight, kind, alpha, gamma, giou_floor, giou_epsilon);
   return needs_double(logits, boxes) ? set_loss_on_host<double>(in) : set_loss_on_host<float>(in);
 }
 
@@ -289,6 +293,7 @@ SetLoss set_loss_on_device(const LossInputs& in, void* stream) {
                                             in.kind,
                                             T(in.alpha),
                                             T(in.gamma),
+                                            area_guard<T>("set_loss", in.giou_floor, in.giou_epsilon),
                                             losses.template mutable_data_ptr<T>(),
                                             total.template mutable_data_ptr<T>(),
                                             logits_gradient.template mutable_data_ptr<T>(),
@@ -301,10 +306,11 @@ SetLoss set_loss_on_device(const LossInputs& in, void* stream) {
 
 SetLoss set_loss_cuda(Tensor logits, Tensor boxes, Tensor query_of_target, Tensor labels, Tensor target_boxes,
                       Tensor offsets, std::optional<Tensor> num_boxes, std::optional<Tensor> class_weight,
-                      std::optional<Tensor> loss_weight, std::string kind, double alpha, double gamma) {
+                      std::optional<Tensor> loss_weight, std::string kind, double alpha, double gamma,
+                      double giou_floor, double giou_epsilon) {
   const OnDevice device(logits);
   const LossInputs in = checked(logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes, class_weight,
-                                loss_weight, kind, alpha, gamma);
+                                loss_weight, kind, alpha, gamma, giou_floor, giou_epsilon);
   check_devices("set_loss", in.predictions);
   check_device("set_loss", "query_of_target", query_of_target, logits, "logits");
   if (num_boxes) check_device("set_loss", "num_boxes", *num_boxes, logits, "logits");
@@ -346,7 +352,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DETR_LIBRARY, m) {
   m.def(
       "set_loss(Tensor logits, Tensor boxes, Tensor query_of_target, Tensor labels, Tensor target_boxes, "
       "Tensor offsets, Tensor? num_boxes, Tensor? class_weight, Tensor? loss_weight, str kind, float alpha, "
-      "float gamma) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float gamma, float giou_floor=0.0, float giou_epsilon=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "set_loss_backward(Tensor? loss_gradient, Tensor? total_gradient, Tensor? loss_weight, Tensor logits_gradient, "
       "Tensor boxes_gradient, ScalarType logits_type, ScalarType boxes_type) -> (Tensor, Tensor)");

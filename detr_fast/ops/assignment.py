@@ -10,6 +10,8 @@ from torch import Tensor
 
 from detr_fast import _C  # noqa: F401  registers the ops
 
+COST_LIMIT = 2.0**100  # a float32 cost of this magnitude is a forbidden pair
+
 
 class Assignment(NamedTuple):
     """An assignment with the prices that prove it optimal."""
@@ -87,7 +89,7 @@ def assign_reference(cost: Tensor, offsets: Tensor) -> Tensor:
     for layer in range(cost.shape[0]):
         for start, end in itertools.pairwise(bounds):
             block = cost[layer, start:end].double().cpu()
-            limit = 2.0**100 if cost.dtype == torch.float32 else 2.0**1000
+            limit = COST_LIMIT if cost.dtype == torch.float32 else 2.0**1000
             block = torch.where(block.abs() < limit, block, torch.inf)
             result[layer, start:end] = _solve(block)
     return result.to(cost.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops.assignment import assign_reference
+from detr_fast.ops.dialect import DETR, Dialect
 from detr_fast.ops.matching_cost import ClassKind, matching_cost_reference
 
 
@@ -24,6 +25,7 @@ def match(
     *,
     status: Tensor | None = None,  # [2] int64
     max_count: int | None = None,
+    dialect: Dialect = DETR,
 ) -> Tensor:
     """query_of_target ``[L, T]`` int32 of least total cost.
 
@@ -32,7 +34,7 @@ def match(
     launches, whatever the number of layers.
     """
     arguments = (logits, boxes, labels, target_boxes, offsets)
-    options = (class_weight, box_weight, giou_weight, kind, alpha, gamma)
+    options = (class_weight, box_weight, giou_weight, kind, alpha, gamma, *dialect)
     return torch.ops.detr_fast.match.default(*arguments, status, -1 if max_count is None else max_count, *options)
 
 
@@ -48,10 +50,11 @@ def match_reference(
     kind: ClassKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
+    dialect: Dialect = DETR,
 ) -> Tensor:
     """The definition of :func:`match`."""
     arguments = (logits, boxes, labels, target_boxes, offsets)
-    cost = matching_cost_reference(*arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma)
+    cost = matching_cost_reference(*arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma, dialect)
     return assign_reference(cost, offsets)
 
 

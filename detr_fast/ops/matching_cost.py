@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from detr_fast import _C  # noqa: F401  registers the ops
+from detr_fast.ops.dialect import DETR, Dialect
 
 ClassKind = Literal["softmax", "focal", "focal_stable"]
 
@@ -75,21 +76,23 @@ def matching_cost(
     *,
     status: Tensor | None = None,  # [2] int64
     max_count: int | None = None,
+    dialect: Dialect = DETR,
 ) -> Tensor:
     """Cost ``[L, T, Q]`` of matching each target with each query of its own image.
 
     cost = box_weight |box - target|_1 + class_weight class_cost - giou_weight GIoU, with p of the target's label:
 
     - softmax: class_cost = -softmax(logits)[label], over all C classes;
-    - focal: alpha (1-p)^gamma (-log(p + 1e-8)) - (1-alpha) p^gamma (-log(1-p + 1e-8)), p = sigmoid(logit);
+    - focal: alpha (1-p)^gamma (-log(p + e)) - (1-alpha) p^gamma (-log(1-p + e)), p = sigmoid(logit);
     - focal_stable: the same with log-sigmoids and no epsilon, finite and exact for every logit.
 
     Logits and boxes may be float16, bfloat16, float32 or float64; everything is computed and returned in float32, or in
-    float64 if one of them is. Rows past ``offsets[B]`` are 0. GIoU has no epsilon: it is NaN for two boxes without area
-    and for boxes of negative width or height. A label outside ``[0, C)`` (softmax: ``[0, C - 1)``, the last class being
-    "no object") makes its row NaN. Pairs whose cost is NaN, infinite or at least 2^100 (float64: 2^1000) are forbidden
-    to the assignment: their number is added to a `status` made by :meth:`ForbiddenPairs.new_status`, which also keeps
-    the position of the first, for :meth:`ForbiddenPairs.read`. `max_count` as for :func:`assign`.
+    float64 if one of them is. Rows past ``offsets[B]`` are 0. `dialect` has the epsilon e and the guards of GIoU, which
+    without any is NaN for two boxes without area, and always for boxes of negative width or height. A label outside
+    ``[0, C)`` (softmax: ``[0, C - 1)``, the last class being "no object") makes its row NaN. Pairs whose cost is NaN,
+    infinite or at least 2^100 (float64: 2^1000) are forbidden to the assignment: their number is added to a `status`
+    made by :meth:`ForbiddenPairs.new_status`, which also keeps the position of the first, for
+    :meth:`ForbiddenPairs.read`. `max_count` as for :func:`assign`.
 
     On a CUDA device nothing is read back, offsets are not checked, and the bits are those of the CPU (float32).
 
@@ -100,7 +103,7 @@ def matching_cost(
     Zhu et al., "Deformable DETR", ICLR 2021 (focal).
     """
     arguments = (logits, boxes, labels, target_boxes, offsets)
-    options = (class_weight, box_weight, giou_weight, kind, alpha, gamma)
+    options = (class_weight, box_weight, giou_weight, kind, alpha, gamma, *dialect)
     return torch.ops.detr_fast.matching_cost.default(
         *arguments, status, -1 if max_count is None else max_count, *options
     )
@@ -118,6 +121,7 @@ def matching_cost_reference(
     kind: ClassKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
+    dialect: Dialect = DETR,
 ) -> Tensor:
     """The definition of :func:`matching_cost`."""
     exact = torch.float64 in (logits.dtype, boxes.dtype)
@@ -132,33 +136,43 @@ def matching_cost_reference(
         if kind == "softmax":
             class_cost = -logits[:, image].softmax(-1)[..., label.where(known, 0)]
         else:
-            class_cost = _focal_cost(x, alpha, gamma, stable=kind == "focal_stable")
+            class_cost = _focal_cost(x, alpha, gamma, None if kind == "focal_stable" else dialect.class_epsilon)
         class_cost = class_cost.where(known, torch.nan)
         box, goal = boxes[:, image, :, None], target_boxes[start:end]  # [L, Q, 1, 4], [t, 4]
         distance = (box - goal).abs().sum(-1)
-        block = box_weight * distance + class_weight * class_cost - giou_weight * giou_of_boxes(box, goal)
+        block = box_weight * distance + class_weight * class_cost - giou_weight * giou_of_boxes(box, goal, dialect)
         cost[:, start:end] = block.mT
     return cost
 
 
-def _focal_cost(x: Tensor, alpha: float, gamma: float, stable: bool) -> Tensor:
+def _focal_cost(x: Tensor, alpha: float, gamma: float, epsilon: float | None) -> Tensor:
     p = x.sigmoid()
-    if stable:
+    if epsilon is None:
         minus_log_p, minus_log_q = torch.nn.functional.softplus(-x), torch.nn.functional.softplus(x)
     else:
-        minus_log_p, minus_log_q = -(p + 1e-8).log(), -(1 - p + 1e-8).log()
+        minus_log_p, minus_log_q = -(p + epsilon).log(), -(1 - p + epsilon).log()
     return alpha * (1 - p) ** gamma * minus_log_p - (1 - alpha) * p**gamma * minus_log_q
 
 
-def giou_of_boxes(box: Tensor, goal: Tensor) -> Tensor:
+def giou_of_boxes(box: Tensor, goal: Tensor, dialect: Dialect = DETR) -> Tensor:
     """GIoU of cxcywh boxes with broadcasting; NaN where it is undefined."""
-    low, high = torch.maximum(_low(box), _low(goal)), torch.minimum(_high(box), _high(goal))
-    overlap = (high - low).clamp(min=0).prod(-1)
-    area = (_high(box) - _low(box)).prod(-1) + (_high(goal) - _low(goal)).prod(-1) - overlap
-    hull = (torch.maximum(_high(box), _high(goal)) - torch.minimum(_low(box), _low(goal))).prod(-1)
-    giou = overlap / area - (hull - area) / hull
+    iou, union, hull = iou_of_boxes(box, goal, dialect)
+    giou = iou - (hull - union) / _guarded(hull, dialect)
     valid = (box[..., 2:] >= 0).all(-1) & (goal[..., 2:] >= 0).all(-1)
     return giou.where(valid, torch.nan)
+
+
+def iou_of_boxes(box: Tensor, goal: Tensor, dialect: Dialect = DETR) -> tuple[Tensor, Tensor, Tensor]:
+    """IoU of cxcywh boxes with broadcasting, the area of their union and that of their hull."""
+    low, high = torch.maximum(_low(box), _low(goal)), torch.minimum(_high(box), _high(goal))
+    overlap = (high - low).clamp(min=0).prod(-1)
+    union = (_high(box) - _low(box)).prod(-1) + (_high(goal) - _low(goal)).prod(-1) - overlap
+    hull = (torch.maximum(_high(box), _high(goal)) - torch.minimum(_low(box), _low(goal))).prod(-1)
+    return overlap / _guarded(union, dialect), union, hull
+
+
+def _guarded(area: Tensor, dialect: Dialect) -> Tensor:
+    return area.clamp(min=dialect.giou_floor) + dialect.giou_epsilon
 
 
 def _low(box: Tensor) -> Tensor:

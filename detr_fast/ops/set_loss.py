@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_fast.ops.matching_cost import ClassKind, giou_of_boxes
+from detr_fast.ops.dialect import DETR, Dialect
+from detr_fast.ops.matching_cost import giou_of_boxes, iou_of_boxes
+
+LossKind = Literal["softmax", "focal", "focal_stable", "varifocal", "mal", "ia_bce"]
 
 TERMS = ("class", "bbox", "giou", "cardinality_error", "class_error")
 
@@ -27,24 +30,29 @@ def set_loss(
     labels: Tensor,  # [T] int64
     target_boxes: Tensor,  # [T, 4] float32 cxcywh
     offsets: Tensor,  # [B + 1] int32
-    num_boxes: Tensor | None = None,  # [] float32, normaliser of the box (and focal) losses; None: offsets[B]
+    num_boxes: Tensor | None = None,  # [] float32, normaliser of box and sigmoid losses; None: offsets[B]
     class_weight: Tensor | None = None,  # [C] float32, softmax only; the last class is "no object"
-    kind: ClassKind = "softmax",
+    kind: LossKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
+    dialect: Dialect = DETR,
 ) -> Tensor:
     """Losses ``[L, 5]`` of each layer, in the order of :data:`TERMS`. At least 1 is used for `num_boxes`.
 
     - class, softmax: sum of w[y] (-log softmax(logits)[y]) over all queries, divided by the sum of w[y]; y is the label
       of the query's target, or the last class where it has none; w is `class_weight`, or 1;
     - class, focal and focal_stable: sigmoid focal loss summed over queries and classes, divided by `num_boxes`;
+    - class, varifocal, mal and ia_bce: the same sum, divided by `num_boxes`, with p = sigmoid(x) and the IoU u of a
+      matched pair's boxes: alpha p^gamma softplus(x) of a negative example (ia_bce: alpha is 1), and of a positive one
+      w (g softplus(-x) + (1 - g) softplus(x)), where varifocal has g = w = u, mal g = u^gamma and w = 1, and ia_bce
+      g = max(p^alpha u^(1-alpha), 0.01) and w = 1. u, g, w and, but for ia_bce, p^gamma count as constants;
     - bbox: sum of |box - target|_1 over matched pairs, divided by `num_boxes`;
     - giou: sum of 1 - GIoU over matched pairs, divided by `num_boxes`;
     - cardinality_error: mean over images of |queries whose largest logit is not the last - targets|; no gradient;
     - class_error: percentage of matched pairs whose largest logit is not the label, 100 without pairs; no gradient.
 
     Differentiable once, in logits and boxes; the gradient is computed with the losses, backward only scales it. Types
-    as in :func:`matching_cost`; gradients return in the inputs' types.
+    and `dialect` as in :func:`matching_cost`; gradients return in the inputs' types.
 
     On a CUDA device nothing is read back: a query out of range counts as unmatched, a matched target's label out of
     range makes the class loss NaN. One launch, whatever the number of layers.
@@ -53,10 +61,12 @@ def set_loss(
         RuntimeError: a tensor has another shape, type or device; on the CPU also a query or label out of range, with
             its image.
 
-    Source: Carion et al., ECCV 2020, section 3.1 and appendix A.2; Lin et al., ICCV 2017 (focal).
+    Source: Carion et al., ECCV 2020, section 3.1 and appendix A.2; Lin et al., ICCV 2017 (focal); Zhang et al.,
+    CVPR 2021 (varifocal, as in RT-DETR); Huang et al., "DEIM", CVPR 2025 (mal); Chen et al., "LW-DETR", 2024 (ia_bce).
     """
     arguments = (logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes, class_weight)
-    return torch.ops.detr_fast.set_loss.default(*arguments, None, kind, alpha, gamma)[0]
+    guards = (dialect.giou_floor, dialect.giou_epsilon)
+    return torch.ops.detr_fast.set_loss.default(*arguments, None, kind, alpha, gamma, *guards)[0]
 
 
 def weighted_set_loss(
@@ -69,9 +79,10 @@ def weighted_set_loss(
     loss_weight: Tensor,  # [L, 5] float32, in the order of TERMS
     num_boxes: Tensor | None = None,
     class_weight: Tensor | None = None,
-    kind: ClassKind = "softmax",
+    kind: LossKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
+    dialect: Dialect = DETR,
 ) -> WeightedLoss:
     """As :func:`set_loss`, with the weighted sum of all losses to differentiate: one launch forward, one backward.
 
@@ -79,7 +90,8 @@ def weighted_set_loss(
     Differentiable in logits and boxes only, not in the weights. Errors as of :func:`set_loss`.
     """
     arguments = (logits, boxes, query_of_target, labels, target_boxes, offsets, num_boxes, class_weight, loss_weight)
-    losses, total, *_ = torch.ops.detr_fast.set_loss.default(*arguments, kind, alpha, gamma)
+    guards = (dialect.giou_floor, dialect.giou_epsilon)
+    losses, total, *_ = torch.ops.detr_fast.set_loss.default(*arguments, kind, alpha, gamma, *guards)
     return WeightedLoss(total, losses)
 
 
@@ -92,9 +104,10 @@ def set_loss_reference(
     offsets: Tensor,
     num_boxes: Tensor | None = None,
     class_weight: Tensor | None = None,
-    kind: ClassKind = "softmax",
+    kind: LossKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
+    dialect: Dialect = DETR,
 ) -> Tensor:
     """The definition of :func:`set_loss`, differentiated by autograd."""
     num_boxes = (offsets[-1].float() if num_boxes is None else num_boxes).clamp(min=1)
@@ -110,6 +123,7 @@ def set_loss_reference(
         where = (image_of_target[target], matches[layer][target])
         label = labels[target]
         box, goal = boxes[layer][where], target_boxes[target]
+        quality = iou_of_boxes(box.detach(), goal, dialect)[0]
         with torch.no_grad():
             found = logits[layer].argmax(-1)
             cardinality = ((found != logits.shape[-1] - 1).sum(1) - counts).abs().to(dtype).mean()
@@ -117,9 +131,9 @@ def set_loss_reference(
         rows.append(
             torch.stack(
                 [
-                    _class_loss(logits[layer], where, label, num_boxes, class_weight, kind, alpha, gamma),
+                    _class_loss(logits[layer], where, label, quality, num_boxes, class_weight, kind, alpha, gamma),
                     (box - goal).abs().sum() / num_boxes,
-                    (1 - giou_of_boxes(box, goal)).sum() / num_boxes,
+                    (1 - giou_of_boxes(box, goal, dialect)).sum() / num_boxes,
                     cardinality,
                     error,
                 ]
@@ -132,9 +146,10 @@ def _class_loss(
     logits: Tensor,  # [B, Q, C]
     where: tuple[Tensor, Tensor],  # images and queries of the matched pairs
     label: Tensor,
+    quality: Tensor,  # IoU of the matched pairs
     num_boxes: Tensor,
     class_weight: Tensor | None,
-    kind: ClassKind,
+    kind: LossKind,
     alpha: float,
     gamma: float,
 ) -> Tensor:
@@ -146,10 +161,22 @@ def _class_loss(
     positive = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     positive[(*where, label)] = True
     p = logits.sigmoid()
-    loss = torch.where(
-        positive, alpha * (1 - p) ** gamma * F.softplus(-logits), (1 - alpha) * p**gamma * F.softplus(logits)
-    )
-    return loss.sum() / num_boxes
+    if kind in ("focal", "focal_stable"):
+        positives = alpha * (1 - p) ** gamma * F.softplus(-logits)
+        negatives = (1 - alpha) * p**gamma * F.softplus(logits)
+        return torch.where(positive, positives, negatives).sum() / num_boxes
+    iou = torch.zeros_like(logits)
+    iou[(*where, label)] = quality
+    constant = p.detach()
+    if kind == "varifocal":
+        goal, factor, negatives = iou, iou, alpha * constant**gamma * F.softplus(logits)
+    elif kind == "mal":
+        goal, factor, negatives = iou**gamma, torch.ones_like(iou), alpha * constant**gamma * F.softplus(logits)
+    else:
+        goal, factor = (constant**alpha * iou ** (1 - alpha)).clamp(min=0.01), torch.ones_like(iou)
+        negatives = p**gamma * F.softplus(logits)
+    positives = factor * (goal * F.softplus(-logits) + (1 - goal) * F.softplus(logits))
+    return torch.where(positive, positives, negatives).sum() / num_boxes
 
 
 @torch.library.register_fake("detr_fast::set_loss")
@@ -166,6 +193,8 @@ def _(
     kind: str,
     alpha: float,
     gamma: float,
+    giou_floor: float = 0.0,  # PyTorch leaves arguments out that have the default
+    giou_epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
     return (
@@ -197,7 +226,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     _, _, logits_gradient, boxes_gradient = output
     ctx.mark_non_differentiable(logits_gradient, boxes_gradient)
     ctx.set_materialize_grads(False)
-    logits, boxes, *_, loss_weight, _, _, _ = inputs
+    logits, boxes, *_, loss_weight, _, _, _, _, _ = inputs
     ctx.save_for_backward(loss_weight, logits_gradient, boxes_gradient)
     ctx.types = (logits.dtype, boxes.dtype)
 
@@ -205,7 +234,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _scale_gradients(
     ctx: Any, loss_gradient: Tensor | None, total_gradient: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 10
+    unused = (None,) * 12
     if loss_gradient is None and total_gradient is None:
         return (None, None, *unused)
     if torch.is_grad_enabled():  # create_graph: the gradient would silently be a constant

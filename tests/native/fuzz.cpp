@@ -36,8 +36,14 @@ bool assignment_is_sound() {
   return is_one_to_one(cost.data(), targets, queries, query_of_target.data());
 }
 
+constexpr std::pair<ClassKind, LossKind> kKinds[] = {{ClassKind::kSoftmax, LossKind::kSoftmax},
+                                                     {ClassKind::kFocal, LossKind::kFocal},
+                                                     {ClassKind::kFocalStable, LossKind::kVarifocal},
+                                                     {ClassKind::kFocal, LossKind::kMal},
+                                                     {ClassKind::kFocalStable, LossKind::kIaBce}};
+
 template <typename T>
-void run_matching_and_loss(ClassKind kind) {
+void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   const int64_t layers = integer(1, 3), images = integer(1, 3), queries = integer(1, 40), classes = integer(1, 40);
   std::vector<int32_t> offsets = {0};
   for (int64_t b = 0; b < images; ++b) offsets.push_back(offsets.back() + static_cast<int32_t>(integer(0, 12)));
@@ -51,8 +57,10 @@ void run_matching_and_loss(ClassKind kind) {
   const Batch batch = {layers, images, queries, targets, offsets.data()};
   const Elements logit_elements = {logits.data(), ElementType::kFloat32};
   const Elements box_elements = {boxes.data(), ElementType::kFloat32};
+  const AreaGuard<T> guard = {T(integer(0, 1) * 1e-7), T(integer(0, 1) * 1e-6)};
   const CostArguments<T> cost_arguments = {
-      batch, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5, 2, kind, T(0.25), T(2)};
+      batch, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5, 2,
+      kind,  T(0.25), T(2),           T(1e-8),      guard};
   std::vector<int32_t> query_of_target(layers * targets, -1);
   std::vector<Forbidden> forbidden(layers * images);
   std::vector<T> cost(layers * targets * queries);
@@ -73,9 +81,10 @@ void run_matching_and_loss(ClassKind kind) {
                                            class_weight.data(),
                                            class_scale.data(),
                                            1,
-                                           kind,
+                                           loss_kind,
                                            T(0.25),
                                            T(2),
+                                           guard,
                                            sums.data(),
                                            logits_gradient.data(),
                                            boxes_gradient.data()};
@@ -102,8 +111,7 @@ bool run() {
   for (int n = 0; n < 1000; ++n)
     if (!assignment_is_sound<T>()) return false;
   for (int n = 0; n < 50; ++n)
-    for (const ClassKind kind : {ClassKind::kSoftmax, ClassKind::kFocal, ClassKind::kFocalStable})
-      run_matching_and_loss<T>(kind);
+    for (const auto& [kind, loss_kind] : kKinds) run_matching_and_loss<T>(kind, loss_kind);
   return true;
 }
 

@@ -63,8 +63,14 @@ std::vector<unsigned char> elements(ElementType type, const std::vector<float>& 
   return bytes;
 }
 
+constexpr std::pair<ClassKind, LossKind> kKinds[] = {{ClassKind::kSoftmax, LossKind::kSoftmax},
+                                                     {ClassKind::kFocal, LossKind::kFocal},
+                                                     {ClassKind::kFocalStable, LossKind::kVarifocal},
+                                                     {ClassKind::kFocal, LossKind::kMal},
+                                                     {ClassKind::kFocalStable, LossKind::kIaBce}};
+
 template <typename T>
-void run_matching_and_loss(ClassKind kind) {
+void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   emulator::use_shared_memory_limit(size_t(1) << 20);
   const int64_t layers = integer(1, 3), images = integer(1, 3), queries = integer(1, 140);
   const int64_t classes = integer(0, 5) == 0 ? integer(380, 390) : integer(1, 40);
@@ -81,8 +87,10 @@ void run_matching_and_loss(ClassKind kind) {
 
   const Batch batch = {layers, images, queries, targets, offsets.data()};
   const Elements logit_elements = {logit_bytes.data(), type}, box_elements = {box_bytes.data(), type};
+  const AreaGuard<T> guard = {T(integer(0, 1) * 1e-7), T(integer(0, 1) * 1e-6)};
   const CostArguments<T> cost_arguments = {
-      batch, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5, 2, kind, T(0.25), T(2)};
+      batch, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5, 2,
+      kind,  T(0.25), T(2),           T(1e-8),      guard};
   std::vector<int64_t> status(2);
   std::vector<T> cost(layers * targets * queries);
   std::vector<uint64_t> minima(layers * targets * cuda::minima_segments(queries));
@@ -110,9 +118,10 @@ void run_matching_and_loss(ClassKind kind) {
                                                  integer(0, 1) ? &num_boxes : nullptr,
                                                  integer(0, 1) ? class_weight.data() : nullptr,
                                                  integer(0, 1) ? loss_weight.data() : nullptr,
-                                                 kind,
+                                                 loss_kind,
                                                  T(0.25),
                                                  T(2),
+                                                 guard,
                                                  losses.data(),
                                                  total.data(),
                                                  logits_gradient.data(),
@@ -146,8 +155,7 @@ bool run() {
     if (!assignment_is_sound<T>(320, 300)) return false;
   for (int n = 0; n < 8; ++n) {
     emulator::use_schedule(n);
-    for (const ClassKind kind : {ClassKind::kSoftmax, ClassKind::kFocal, ClassKind::kFocalStable})
-      run_matching_and_loss<T>(kind);
+    for (const auto& [kind, loss_kind] : kKinds) run_matching_and_loss<T>(kind, loss_kind);
   }
   return true;
 }

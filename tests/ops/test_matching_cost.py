@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from detr_fast import _C
 from detr_fast.ops import ForbiddenPairs, assign, match, match_reference, matching_cost, matching_cost_reference
+from detr_fast.ops.dialect import Dialect
 from detr_fast.structures import offsets_of
 
 KINDS = ["softmax", "focal", "focal_stable"]
@@ -43,6 +44,23 @@ def test_cost_is_the_definition(kind: str, dtype: torch.dtype, backend: str) -> 
             ):
                 assert_as_accurate(ours, theirs, best)
             assert ForbiddenPairs.read(status) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dialect", [Dialect(1e-5, 0.0, 1e-6), Dialect(1e-3, 0.1), Dialect(1e-12, 0.2, 0.05)])
+def test_dialects_are_the_definitions(kind: str, dialect: Dialect, backend: str) -> None:
+    inputs = predictions_and_targets(dtype=torch.float32)
+    inputs[1][:, :, ::3, 2:] = 0
+    cost = matching_cost(*inputs, *WEIGHTS, kind, dialect=dialect)
+    definition = matching_cost_reference(*inputs, *WEIGHTS, kind, dialect=dialect)
+    assert_as_accurate(cost, definition, matching_cost_reference(*in_float64(inputs), *WEIGHTS, kind, dialect=dialect))
+    assert not torch.equal(cost, matching_cost(*inputs, *WEIGHTS, kind))
+    assert torch.equal(match(*inputs, *WEIGHTS, kind, dialect=dialect), assign(cost, inputs[-1]))
+
+
+def test_negative_guards_are_refused(backend: str) -> None:
+    with pytest.raises(RuntimeError, match="giou_floor and giou_epsilon must be at least 0, got 0 and -1"):
+        matching_cost(*predictions_and_targets(), dialect=Dialect(giou_epsilon=-1.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
