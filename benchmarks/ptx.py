@@ -173,6 +173,7 @@ def _short(signature: str) -> str:
     """ "void detr::cuda::(anonymous namespace)::assign_kernel<float, 64>(...)" as "assign<float, 64>"."""
     found = re.search(r"(\w+?)(?:_kernel)?<(.*?)>\(", signature)
     if found is None:
-        return signature
+        plain = re.search(r"(\w+?)_kernel\(", signature)
+        return plain[1] if plain else signature
     arguments = re.sub(r"detr::cuda::(\(anonymous namespace\)::)?", "", found[2])
     return f"{found[1]}<{arguments}>".replace(str(2**31 - 1), "any")

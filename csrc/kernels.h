@@ -131,6 +131,13 @@ struct ScaleArguments {
   ElementType boxes_type;
 };
 
+// Layers are the sets of predictions here.
+struct UnionArguments {
+  Batch batch;
+  const int32_t* query_of_target;  // [S, T], -1 = none
+  int32_t* united;                 // [S, T], -1 = none
+};
+
 namespace cpu {
 
 // All kernels compiled for one instruction set.
@@ -150,6 +157,8 @@ struct Kernels {
   // begin and end count queries of all layers here.
   void (*scale_gradients_float)(const ScaleArguments<float>&, int64_t begin, int64_t end);
   void (*scale_gradients_double)(const ScaleArguments<double>&, int64_t begin, int64_t end);
+  // begin and end count images here; queries must be in [-1, Q); rows past offsets[B] are not written.
+  void (*unite)(const UnionArguments&, int64_t begin, int64_t end);
 };
 
 // The best set for this processor, or the one chosen by use_instruction_set.
@@ -224,6 +233,10 @@ void set_loss(const LossArguments<double>&, void* scratch, void* stream);
 // One launch.
 void scale_gradients(const ScaleArguments<float>&, void* stream);
 void scale_gradients(const ScaleArguments<double>&, void* stream);
+
+// Writes all of united, unless there is no image; queries outside of [-1, Q) are none. At most 2^31 - 1 entries. One
+// launch.
+void unite(const UnionArguments&, void* stream);
 
 }  // namespace cuda
 }  // namespace detr

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 from emulator import build
 
-NATIVE_OPS = ("assign", "matching_cost", "match", "set_loss", "set_loss_backward")
+NATIVE_OPS = ("assign", "matching_cost", "match", "set_loss", "set_loss_backward", "unite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

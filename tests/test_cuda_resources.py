@@ -23,7 +23,8 @@ def test_every_architecture_has_every_kernel(kernels: list[ptx.Kernel]) -> None:
         pytest.skip(f"built for {sorted(of_architecture)} (CUDAARCHS, or an older nvcc), not {ptx.ARCHITECTURES}")
     assert len({frozenset(names) for names in of_architecture.values()}) == 1
     names = next(iter(of_architecture.values()))
-    assert {name.partition("<")[0] for name in names} == {*("assign", "matching_cost", "set_loss", "scale_gradients")}
+    ops = {"assign", "matching_cost", "set_loss", "scale_gradients", "unite"}
+    assert {name.partition("<")[0] for name in names} == ops
 
 
 def test_no_kernel_has_a_stack_or_spills(kernels: list[ptx.Kernel]) -> None:

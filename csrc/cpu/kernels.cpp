@@ -1,5 +1,6 @@
 // All CPU kernels for one instruction set. The build compiles this file once for each, with DETR_INSTRUCTION_SET its
 // name. Everything has internal linkage, so that no function compiled for one set can be linked into another.
+#include "matching_union.h"
 #include "set_loss.h"
 
 namespace detr::cpu {
@@ -20,6 +21,7 @@ const Kernels DETR_INSTRUCTION_SET = {
     set_loss<double>,
     scale_gradients<float>,
     scale_gradients<double>,
+    unite,
 };
 
 }  // namespace detr::cpu

@@ -20,6 +20,7 @@ from detr_fast.ops.assignment import (
 from detr_fast.ops.attention import attention, attention_reference
 from detr_fast.ops.matching import match, match_reference
 from detr_fast.ops.matching_cost import ForbiddenPairs, matching_cost, matching_cost_reference
+from detr_fast.ops.matching_union import unite, unite_reference
 from detr_fast.ops.set_loss import WeightedLoss, set_loss, set_loss_reference, weighted_set_loss
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "matching_cost_reference",
     "set_loss",
     "set_loss_reference",
+    "unite",
+    "unite_reference",
     "weighted_set_loss",
 ]
 

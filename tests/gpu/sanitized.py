@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from ops.problems import predictions_and_targets
+from ops.problems import matchings, predictions_and_targets
 
-from detr_fast.ops import assign_with_prices, attention, match, matching_cost, set_loss, weighted_set_loss
+from detr_fast.ops import assign_with_prices, attention, match, matching_cost, set_loss, unite, weighted_set_loss
 from detr_fast.structures import offsets_of
 
 DEVICE = "cuda"
@@ -28,6 +28,7 @@ def main() -> None:
             matching_cost(*inputs, kind=kind)  # type: ignore[arg-type]
             weight = torch.ones(2, 5, device=DEVICE)
             weighted_set_loss(logits, boxes, pairs, *inputs[2:], weight, kind=kind).total.backward()  # type: ignore[arg-type]
+    unite(*(x.to(DEVICE) for x in matchings(7, (5, 0, 40), 300, 0.5, 0)), 300)
     attend()
     torch.cuda.synchronize()
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.problems import cost_matrices, predictions_and_targets
+from ops.problems import cost_matrices, matchings, predictions_and_targets
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.scenes import COST_WEIGHTS, KINDS, costs, scene
 from detr_fast import HungarianMatcher, Predictions, SetCriterion, StaticTargets, Targets
-from detr_fast.ops import ForbiddenPairs, assign, assign_with_prices, match, matching_cost, set_loss
+from detr_fast.ops import ForbiddenPairs, assign, assign_with_prices, match, matching_cost, set_loss, unite
 from detr_fast.structures import offsets_of
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +122,19 @@ def test_losses_and_gradients_are_those_of_the_cpu(kind: str, dtype: torch.dtype
     for ours, theirs in zip(*results, strict=True):
         eps = torch.finfo(theirs.dtype).eps
         torch.testing.assert_close(ours.cpu(), theirs, rtol=4 * eps, atol=2 * eps * float(theirs.detach().abs().max()))
+
+
+@pytest.mark.parametrize("queries", [100, 300, 900, 3900])
+def test_unions_are_those_of_the_cpu_and_wait_for_nothing(queries: int) -> None:
+    for counts in ((5, 0, 40), (300,), tuple(range(40)), (0, 0)):
+        inputs = matchings(8, counts, queries, 0.6, queries)
+        moved = on(DEVICE, *inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            united = unite(*moved, queries)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same([united], [unite(*inputs, queries)])
 
 
 # ---- the criterion ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../../csrc/cpu/matching_union.h"
 #include "../../csrc/cpu/set_loss.h"
 #include "random.h"
 
@@ -106,6 +107,15 @@ void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   scale_gradients<T>(scale_arguments, 0, slots);
 }
 
+void run_union() {
+  const int64_t sets = integer(1, 8), images = integer(1, 3), queries = integer(1, 40);
+  std::vector<int32_t> offsets = {0};
+  for (int64_t b = 0; b < images; ++b) offsets.push_back(offsets.back() + static_cast<int32_t>(integer(0, 12)));
+  std::vector<int32_t> query_of_target(sets * offsets.back()), united(query_of_target.size());
+  for (int32_t& query : query_of_target) query = static_cast<int32_t>(integer(-1, queries - 1));
+  unite({{sets, images, queries, offsets.back(), offsets.data()}, query_of_target.data(), united.data()}, 0, images);
+}
+
 template <typename T>
 bool run() {
   for (int n = 0; n < 1000; ++n)
@@ -118,6 +128,7 @@ bool run() {
 }  // namespace
 
 int main() {
+  for (int n = 0; n < 200; ++n) run_union();
   const bool sound = run<float>() && run<double>();
   std::puts(sound ? "sound" : "an assignment is not one to one");
   return sound ? 0 : 1;

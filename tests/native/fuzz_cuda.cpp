@@ -145,6 +145,15 @@ void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   cuda::scale_gradients(scale_arguments, nullptr);
 }
 
+void run_union() {
+  const int64_t sets = integer(1, 8), images = integer(1, 3), queries = integer(0, 600);
+  const std::vector<int32_t> offsets = random_offsets(images, 12);
+  const int64_t targets = offsets.back() + integer(0, 2);
+  std::vector<int32_t> query_of_target(sets * targets), united(sets * targets);
+  for (int32_t& query : query_of_target) query = static_cast<int32_t>(integer(-2, queries + 1));
+  cuda::unite({{sets, images, queries, targets, offsets.data()}, query_of_target.data(), united.data()}, nullptr);
+}
+
 template <typename T>
 bool run() {
   for (int n = 0; n < 150; ++n) {
@@ -163,6 +172,10 @@ bool run() {
 }  // namespace
 
 int main() {
+  for (int n = 0; n < 60; ++n) {
+    emulator::use_schedule(n);
+    run_union();
+  }
   const bool sound = run<float>() && run<double>();
   std::puts(sound ? "sound" : "an assignment is not one to one");
   return sound ? 0 : 1;

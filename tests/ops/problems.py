@@ -47,3 +47,21 @@ def cost_matrices(seed: int, problems: int = 150) -> list[np.ndarray]:
             cost[:] = 0.25
         costs.append(cost.astype(np.float32))
     return costs
+
+
+def matchings(sets: int, counts: tuple[int, ...], queries: int, agreement: float, seed: int) -> tuple[Tensor, Tensor]:
+    """query_of_target ``[sets, T]`` of valid matchings, and offsets.
+
+    Each set keeps a share `agreement` of a common matching. With more targets than queries the rest is -1.
+    """
+    random = np.random.default_rng(seed)
+    columns = [np.zeros((sets, 0), np.int32)]
+    for count in counts:
+        wide = max(count, queries)
+        common = random.permutation(wide)
+        own = np.stack([common] * sets)
+        for row in own:  # those that differ are shuffled among themselves
+            differ = np.flatnonzero(random.random(wide) >= agreement)
+            row[differ] = row[random.permutation(differ)]
+        columns.append(np.where(own < queries, own, -1)[:, :count])
+    return torch.from_numpy(np.concatenate(columns, 1).astype(np.int32)), offsets_of(counts)
