@@ -88,15 +88,12 @@ bool is_plain(const py::object& object) {
 // A matrix of float32 or float64 in row-major order, which is read in place; everything else is converted to float64.
 py::array readable(const py::object& cost_matrix) {
   if (is_plain<double>(cost_matrix) || is_plain<float>(cost_matrix)) return cost_matrix;
-  const py::array given = py::array::ensure(cost_matrix);
-  if (!given) throw py::error_already_set();
+  const py::array given(cost_matrix);
   const char kind = given.dtype().kind();
   if (kind != 'f' && kind != 'i' && kind != 'u' && kind != 'b' && given.ndim() == 2)
     throw py::type_error("linear_sum_assignment: cost_matrix must be of a real type, got " +
                          std::string(py::str(given.dtype())));
-  auto converted = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(given);
-  if (!converted) throw py::error_already_set();
-  return converted;
+  return py::array_t<double, py::array::c_style | py::array::forcecast>(given);
 }
 
 void solve_any(const py::array& cost, bool maximize, int32_t* column_of_row) {

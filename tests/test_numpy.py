@@ -97,6 +97,19 @@ def test_complex_numbers_are_refused() -> None:
         linear_sum_assignment(np.zeros((2, 2), complex))
 
 
+def test_an_error_of_the_conversion_is_passed_on() -> None:
+    class Failing:
+        def __array__(self, *_arguments: object, **_options: object) -> np.ndarray:
+            raise RuntimeError("no array today")
+
+    for matrix in ([[1, 2], [3]], Failing()):
+        with pytest.raises(Exception, match=r"inhomogeneous|no array today") as expected:
+            scipy.optimize.linear_sum_assignment(matrix)
+        with pytest.raises(expected.type) as raised:
+            linear_sum_assignment(matrix)
+        assert str(raised.value) == str(expected.value)
+
+
 def test_torch_is_not_imported() -> None:
     code = "import sys, detr_fast.numpy; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
