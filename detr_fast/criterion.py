@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from detr_fast.captured import CapturedCriterion
+from detr_fast.diagnostics import MatchingDiagnostics, diagnose
 from detr_fast.losses import mask_losses
 from detr_fast.matcher import HungarianMatcher, check_batch_size, check_class_options, queries_of
 from detr_fast.ops.dialect import DETR, Dialect
@@ -100,6 +101,7 @@ class SetCriterion(nn.Module):
         empty_weight[-1] = eos_coef
         self.register_buffer("empty_weight", empty_weight)
         self._weight_tensors: dict[tuple[Any, ...], Tensor] = {}
+        self._latest: _Matched | None = None  # detached, for diagnostics
 
     def forward(
         self,
@@ -230,6 +232,9 @@ class SetCriterion(nn.Module):
         predictions, packed = self.structured(outputs, targets)
         packed = packed.to(predictions.logits.device)
         query_of_target = self._match(predictions, packed, outputs, targets)
+        if not torch.compiler.is_compiling():
+            detached = Predictions(predictions.logits.detach(), predictions.boxes.detach())
+            self._latest = _Matched(detached, packed, query_of_target, None)
         return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets) if reduces else None)
 
     def _loss_options(self, num_boxes: Tensor | None) -> tuple[Any, ...]:
@@ -318,6 +323,16 @@ class SetCriterion(nn.Module):
         latest = list(self._weight_tensors.items())[1 - _MOST_WEIGHTS :]
         self._weight_tensors = {**dict(latest), key: tensor}
         return tensor
+
+    def diagnostics(self) -> MatchingDiagnostics | None:
+        """How the latest batch was matched, computed now from what the criterion keeps of it; waits for no device.
+
+        None before the first batch, in compiled code, or with a matcher of another class.
+        """
+        if self._latest is None or not isinstance(self.matcher, HungarianMatcher):
+            return None
+        predictions, targets, query_of_target, _ = self._latest
+        return diagnose(self.matcher, predictions, targets, query_of_target)
 
     def matcher_report(self) -> str | None:
         """What the matcher skipped since the last report, or None. Waits for the device."""
