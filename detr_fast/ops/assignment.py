@@ -68,15 +68,13 @@ def batch_linear_assignment(cost: Tensor) -> Tensor:  # [N, rows, columns] -> [N
     The name, shapes and types of torch-linear-assignment's function; ties and forbidden pairs as in :func:`assign`.
     Half types are solved in float32, integers in float64.
     """
-    torch._check(
-        cost.dim() == 3, lambda: f"batch_linear_assignment: cost must be [N, rows, columns], got {cost.dim()}-d"
-    )
+    if cost.dim() != 3:
+        raise RuntimeError(f"batch_linear_assignment: cost must be [N, rows, columns], got {cost.dim()}-d")
     count, rows, columns = cost.shape
     if cost.dtype not in (torch.float32, torch.float64):
         cost = cost.to(torch.float32 if cost.is_floating_point() else torch.float64)
-    torch._check(
-        count * rows < 2**31, lambda: f"batch_linear_assignment: N * rows must be below 2^31, got {count} * {rows}"
-    )
+    if count * rows >= 2**31:
+        raise RuntimeError(f"batch_linear_assignment: N * rows must be below 2^31, got {count} * {rows}")
     offsets = torch.arange(0, count + 1, device=cost.device, dtype=torch.int32) * rows
     flat = cost.reshape(1, count * rows, columns)
     return assign(flat, offsets, rows).reshape(count, rows).to(torch.int64)

@@ -271,3 +271,11 @@ def test_other_threads_run_meanwhile() -> None:
     done.set()
     thread.join()
     assert any(start < t < end for t in ticks), "the interpreter was blocked"
+
+
+def test_batch_linear_assignment_compiles_whole() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(batch_linear_assignment, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((3, 5, 9), (4, 6, 6), (2, 9, 5)):
+        cost = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(compiled(cost), batch_linear_assignment(cost))
