@@ -37,12 +37,15 @@ def read_annotations(path: AnyPath) -> Annotations:
     annotation of id 0 for no match.
 
     Raises:
-        DataFault: the file is missing, is not JSON, or lacks ``images``, ``annotations`` or ``categories``.
+        DataFault: the file is missing, cannot be reached, is not JSON, or lacks ``images``, ``annotations`` or
+            ``categories``.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataFault(f"{path}: file not found") from None
+    except DataFault:
+        raise
     except ValueError as error:  # JSON and UTF-8 errors
         raise DataFault(f"{path}: not a JSON file ({error})") from error
     for key in ("images", "annotations", "categories"):

@@ -133,6 +133,7 @@ class TrainingSampler(Sampler[list[int]]):
         self.start_image = 0  # images of all ranks that are left out
         self._own_order = Order(self.step_images, bucket_images)
         self._saved_order: tuple[int, Order] | None = None  # of an epoch that was begun with other settings
+        self._saved_window: dict[tuple[int, int], Tensor] = {}  # epoch and first image -> indices
 
     @property
     def batches(self) -> int:
@@ -177,30 +178,42 @@ class TrainingSampler(Sampler[list[int]]):
         window, whole = order.window, self.length // order.chunk * order.chunk
         if window:
             for first in range(start // window * window, whole, window):
-                part = self._bucketed(permutation[first : min(first + window, whole)], order.chunk, epoch, first)
-                yield part[max(start - first, 0) :]
+                yield self._window(permutation, order, epoch, first)[max(start - first, 0) :]
             start = max(start, whole)
         yield permutation[start:]
 
-    def _bucketed(self, indices: Tensor, chunk: int, epoch: int, first: int) -> Tensor:
+    def _window(self, permutation: Tensor, order: Order, epoch: int, first: int) -> Tensor:
+        """The images among which like shapes were looked for, in their order."""
+        if (saved := self._saved_window.get((epoch, first))) is not None:
+            return saved
         assert self.shape_of is not None
+        chunk = order.chunk
+        indices = permutation[first : min(first + order.window, self.length // chunk * chunk)]
         shapes = np.array([self.shape_of(index, epoch) for index in indices.tolist()])
         chunks = indices[torch.from_numpy(alike(shapes, chunk))].view(-1, chunk)
         return chunks[torch.randperm(len(chunks), generator=seeded(self.seed, epoch, first))].flatten()
 
-    def state_dict(self, images: int) -> dict[str, int]:
+    def state_dict(self, images: int) -> dict[str, Any]:
         """The place after ``images`` images, of all ranks, of this epoch.
 
         The caller says how many were trained on (of the epoch, not since a resume): workers fetch ahead, so the sampler
         cannot know.
         """
+        order = self._order
         state = {"epoch": self.epoch, "images": images, "seed": self.seed, "length": self.length}
-        return state | {"chunk": self._order.chunk, "bucket_images": self._order.bucket_images}
+        state |= {"chunk": order.chunk, "bucket_images": order.bucket_images}
+        first = images // order.window * order.window if order.window else images
+        if first == images or first >= self.length // order.chunk * order.chunk:
+            return state
+        # Sizes may be others when it is finished, and then so would its order.
+        permutation = torch.randperm(self.length, generator=seeded(self.seed, self.epoch))
+        return state | {"window": self._window(permutation, order, self.epoch, first).tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues at a saved place, for the rest of the epoch in the order in which it was begun.
 
-        Batch size, number of processes and ``bucket_images`` may be others. ``start_image`` is the place.
+        Batch size, number of processes, ``bucket_images`` and the sizes of images may be others. ``start_image`` is the
+        place.
 
         Raises:
             ValueError: the data set has another length or the order another seed, so that there is no such place.
@@ -212,6 +225,10 @@ class TrainingSampler(Sampler[list[int]]):
         if order.bucket_images and self.shape_of is None:
             raise ValueError("TrainingSampler: the saved order is by shape, but shape_of is None")
         self._saved_order = (state["epoch"], order)
+        self._saved_window = {}
+        if "window" in state:
+            first = state["images"] // order.window * order.window
+            self._saved_window = {(state["epoch"], first): torch.tensor(state["window"])}
         self.set_epoch(state["epoch"], min(state["images"], self.length))
 
 

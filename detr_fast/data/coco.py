@@ -230,7 +230,7 @@ class CocoDetection(Dataset[Sample]):
         index: int,
         epoch: int | None = None,  # default: the one chosen last
     ) -> tuple[int, int]:
-        """(height, width) of an item's pixels, without reading its file: 0.03 ms."""
+        """(height, width) of an item's pixels, without reading its file: 0.06 ms."""
         entry = self._entry(index)
         generator = self._generator(index, int(self._epoch) if epoch is None else epoch)
         sketch, _ = self.transform(Sketch.of_size(entry["width"], entry["height"]), {}, generator)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from detr_fast.data.faults import DataFault
-from detr_fast.data.remote import AnyPath, RemotePath, as_path
+from detr_fast.data.remote import AnyPath, Refused, RemotePath, as_path
 from detr_fast.data.shards import Shards
 
 ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val",)}
@@ -133,11 +133,10 @@ def _is_there(paths: CocoPaths) -> bool:
 
 
 def _find_remote_split(root: RemotePath, split: str) -> CocoPaths:
-    for name in _names(split):
-        if Shards(root, name).index_file.is_file():
-            return _sharded(root, name)
-    tried = ", ".join(name + INDEX for name in _names(split))
-    raise FileNotFoundError(f"data set: {root} has no shards of split '{split}'; looked for {tried}")
+    names = _names(split)
+    for name in _there(root, names):
+        return _sharded(root, name)
+    raise FileNotFoundError(f"data set: {root} has no shards of split '{split}'; looked for {_indices(names)}")
 
 
 def _find_remote_splits(root: RemotePath) -> dict[str, CocoPaths]:
@@ -147,11 +146,33 @@ def _find_remote_splits(root: RemotePath) -> dict[str, CocoPaths]:
     except (FileNotFoundError, DataFault):
         names = set()
     usual = [name for split in ("train", "val", "test") for name in _names(split)]
-    names = names or {name for name in usual if Shards(root, name).index_file.is_file()}
+    names = names or set(_there(root, usual))
     if not names:
-        tried = ", ".join(name + INDEX for name in usual)
-        raise FileNotFoundError(f"data set: {root} has no shards; looked for {tried}")
+        raise FileNotFoundError(f"data set: {root} has no shards; looked for {_indices(usual)}")
     return {name: _sharded(root, name) for name in sorted(names, key=_rank)}
+
+
+def _there(root: RemotePath, names: Sequence[str]) -> Iterator[str]:
+    """Those of the splits that have an index; a refusal counts as none, unless there is no other answer.
+
+    Raises:
+        DataFault: the store cannot be reached or has refused, and none was found.
+    """
+    refusal: Refused | None = None
+    found = False
+    for name in names:
+        try:
+            if Shards(root, name).index_file.is_file():
+                found = True
+                yield name
+        except Refused as error:
+            refusal = refusal or error
+    if refusal is not None and not found:
+        raise refusal
+
+
+def _indices(names: Sequence[str]) -> str:
+    return ", ".join(name + INDEX for name in names)
 
 
 def _existing(given: str | Path, root: Path | None, argument: str) -> Path:

@@ -5,11 +5,12 @@ No file system is kept here: fsspec makes one for each process, so that workers 
 
 from __future__ import annotations
 
+import posixpath
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import fsspec.core
 
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 PAUSES = (0.5, 2.0)  # seconds before another attempt: a run of days must not end with one lost connection
-LASTING = (ImportError, PermissionError, NotImplementedError, ValueError)  # errors that waiting does not cure
+LASTING = (ImportError, NotImplementedError, ValueError)  # errors that waiting does not cure
+REFUSALS, ABSENCES = (401, 403), (404, 410)  # HTTP's
 
 Result = TypeVar("Result")
+
+
+class Refused(DataFault):
+    """The store does not say what is there. To those who may not list them, many refuse also what is not there."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class RemotePath:
 
     Raises:
         FileNotFoundError: what is read is not there.
+        Refused: it is there or not, and the store tells neither.
         DataFault: it cannot be reached; the message names the URL and the reason.
     """
 
@@ -50,6 +57,10 @@ class RemotePath:
             return self._ask(lambda files, path: files.info(path))["type"] == "file"
         except FileNotFoundError:
             return False
+
+    def is_at(self, other: RemotePath) -> bool:
+        """Whether both are the same place, however they are spelled."""
+        return self._place() == other._place()
 
     def size(self) -> int | None:
         """In bytes; None where the server does not say."""
@@ -85,25 +96,44 @@ class RemotePath:
         if self.is_file():
             self._ask(lambda files, path: files.rm_file(path))
 
+    def _place(self) -> tuple[object, ...]:
+        """Of stores with one host each, that is an option."""
+        return self._ask(lambda files, path: (type(files), files.storage_options.get("host"), posixpath.normpath(path)))
+
     def _ask(self, what: Callable[[AbstractFileSystem, str], Result]) -> Result:
         for pause in (*PAUSES, None):
             try:
                 return what(*fsspec.core.url_to_fs(self.url))
             except Exception as error:  # each file system has its own
+                if _is_absence(error):
+                    raise
                 cause = error
-                if isinstance(error, FileNotFoundError):
-                    if not _is_lost_connection(error.__cause__):
-                        raise
+                if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
                     cause = error.__cause__
+                message = f"{self.url}: cannot be reached ({_reason(cause)})"
+                if isinstance(cause, PermissionError) or _status(cause) in REFUSALS:
+                    raise Refused(message) from error
                 if pause is None or isinstance(cause, LASTING):
-                    raise DataFault(f"{self.url}: cannot be reached ({_reason(cause)})") from error
+                    raise DataFault(message) from error
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
 
-def _is_lost_connection(cause: BaseException | None) -> TypeGuard[OSError]:
-    """fsspec's http:// says "not found" of a server that does not answer, and why as the cause."""
-    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+def _is_absence(error: Exception) -> bool:
+    """fsspec's http:// says "not found" of whatever fails, and what it was as the cause."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    return cause is None or isinstance(cause, (FileNotFoundError, LookupError)) or _status(cause) in ABSENCES
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP's status, where an error of aiohttp, Azure, Google, requests or botocore keeps it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    found = (getattr(place, name, None) for place in (error, response) for name in ("status", "status_code", "code"))
+    return next((status for status in found if isinstance(status, int)), None)
 
 
 def _reason(error: Exception) -> str:
@@ -119,6 +149,13 @@ def as_path(path: str | Path | RemotePath) -> AnyPath:
         scheme, _, rest = path.partition("://")
         return Path(rest) if scheme in ("file", "local") else RemotePath(path.rstrip("/"))
     return Path(path) if isinstance(path, str) else path
+
+
+def is_same_place(one: AnyPath, other: AnyPath) -> bool:
+    """However they are spelled; links are followed."""
+    if isinstance(one, RemotePath) or isinstance(other, RemotePath):
+        return isinstance(one, RemotePath) and isinstance(other, RemotePath) and one.is_at(other)
+    return one.samefile(other) if one.exists() and other.exists() else one.resolve() == other.resolve()
 
 
 def size_of(file: AnyPath) -> int | None:

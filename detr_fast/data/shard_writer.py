@@ -8,7 +8,7 @@ A data set in shards, in a folder or at any URL that fsspec reaches::
 
 ``KEY`` is the image's id. A picture and its JSON file stand together, as WebDataset groups them. The same input gives
 the same bytes. A conversion that was interrupted goes on: shards that are complete, with the same names, sizes and
-annotations, are kept.
+annotations, are kept. What others have written is not touched: a shard of ours ends with a seal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,14 +31,16 @@ from detr_fast.data.annotations import read_annotations
 from detr_fast.data.faults import DataFault, Fault
 from detr_fast.data.images import ImageFile, check_image, sound_content
 from detr_fast.data.layouts import CocoPaths
-from detr_fast.data.remote import AnyPath, as_path, read_range, size_of
-from detr_fast.data.shards import VERSION, Shards
+from detr_fast.data.remote import AnyPath, as_path, is_same_place, read_range, size_of
+from detr_fast.data.shards import VERSION, ShardIndex, Shards
 from detr_fast.files import replace_file
 
+SPLIT_NAME = re.compile(r"[\w-]+")
 IMAGES_PER_SHARD = 1000  # about 160 MB of COCO
 AHEAD = 32  # pictures that are read and checked at a time
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)  # of a tar file; nobody reads on
+SEAL = b"detr_fast "
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Pair:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any], file: ImageFile, annotations: Sequence[Any]) -> Pair:
-        labels = json.dumps({"image": entry, "annotations": annotations}, ensure_ascii=False).encode()
+        labels = json.dumps({"image": entry, "annotations": annotations}).encode()
         return cls(entry, file, labels, (_size(file), len(labels)))
 
     def headers(self) -> tuple[bytes, bytes]:
@@ -108,39 +110,62 @@ def write_shards(
     what cannot be used is left out of shards and annotations and counted.
 
     Raises:
-        DataFault: a picture or an annotation cannot be used, or a URL not be reached; the message names it.
+        DataFault: a picture or an annotation cannot be used, a URL not be reached, or a file is in the way that this
+            has not written; the message names it.
+        ValueError: an argument is none, or the destination is the source.
     """
+    check_arguments(source, destination, split, images_per_shard=images_per_shard, on_fault=on_fault)
     root = as_path(destination)
     shards = Shards(root, split)
-    _check_arguments(source, shards, images_per_shard, on_fault)
     content, pairs, faults = _prepare(source, on_fault)
-    if isinstance(root, Path):
-        (root / "annotations").mkdir(parents=True, exist_ok=True)
     names = [f"{split}-{number:06d}.tar" for number in range(-(-len(pairs) // images_per_shard))]
     parts = {name: pairs[i * images_per_shard : (i + 1) * images_per_shard] for i, name in enumerate(names)}
     missing = [name for name, part in parts.items() if not _is_complete(root / name, part)]
+    earlier = _own_files(shards, set(names) - set(missing), content)
+    if isinstance(root, Path):
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
     if missing:
         _remove(shards.index_file)  # it would not fit what is written now
     images = sum(len(parts[name]) for name in missing)
     with tqdm(total=images, desc=f"shard {split}", unit=" images", disable=None if progress else True) as bar:
         for name in missing:
             _write(root / name, functools.partial(_write_shard, pairs=parts[name], advance=bar.update))
-    _write(root / "annotations" / f"instances_{split}.json", lambda file: file.write(content))
-    _remove_others(root, split, names)
+    _write(_annotations(shards), lambda file: file.write(content))
+    for name in earlier:  # more shards than now, which readers of all shards would take for data, and parts
+        if name not in names:
+            _remove(root / name)
     _write(shards.index_file, lambda file: file.write(_index(parts)))
     size = sum(_length(part) for part in parts.values())
     return Written(split, len(pairs), len(names), len(names) - len(missing), size, tuple(faults))
 
 
-def _check_arguments(source: CocoPaths, shards: Shards, images_per_shard: int, on_fault: str) -> None:
+def check_arguments(
+    source: CocoPaths,
+    destination: str | AnyPath,
+    split: str,
+    *,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    on_fault: str = "raise",
+) -> None:
+    """What :func:`write_shards` refuses before it reads anything; of several splits before the first is written.
+
+    Raises:
+        ValueError: an argument is none, or the destination is the source.
+    """
+    shards = Shards(as_path(destination), split)
     if images_per_shard < 1:
         raise ValueError(f"write_shards: images_per_shard must be at least 1, got {images_per_shard}")
     if on_fault not in ("raise", "skip"):
         raise ValueError(f"write_shards: on_fault must be 'raise' or 'skip', got {on_fault!r}")
-    if not re.fullmatch(r"[\w-]+", shards.split):
-        raise ValueError(f"write_shards: split must be letters, digits, '_' and '-', got {shards.split!r}")
-    if source.images == shards:
+    if not SPLIT_NAME.fullmatch(split):
+        raise ValueError(f"write_shards: split must be letters, digits, '_' and '-', got {split!r}")
+    is_source = isinstance(source.images, Shards) and is_same_place(source.images.root, shards.root)
+    if is_source or is_same_place(source.annotations, _annotations(shards)):
         raise ValueError(f"write_shards: destination must be another place than the source, got {shards.root}")
+
+
+def _annotations(shards: Shards) -> AnyPath:
+    return shards.root / "annotations" / f"instances_{shards.split}.json"
 
 
 def _prepare(source: CocoPaths, on_fault: str) -> tuple[bytes, list[Pair], list[Fault]]:
@@ -165,7 +190,7 @@ def _prepare(source: CocoPaths, on_fault: str) -> tuple[bytes, list[Pair], list[
         return source.annotations.read_bytes(), pairs, faults
     kept = [entry for identity, entry in images.items() if identity in labels]
     usable = [entry for entry in found.dataset["annotations"] if entry["image_id"] in labels]
-    content = json.dumps({**found.dataset, "images": kept, "annotations": usable}, ensure_ascii=False)
+    content = json.dumps({**found.dataset, "images": kept, "annotations": usable})
     return content.encode(), pairs, faults
 
 
@@ -219,7 +244,7 @@ def _seal(pairs: Sequence[Pair]) -> bytes:
     for pair in pairs:
         for part in (*pair.headers(), pair.labels):
             digest.update(part)
-    return f"detr_fast {digest.hexdigest()}\n".encode().ljust(BLOCK, b"\0")
+    return (SEAL + f"{digest.hexdigest()}\n".encode()).ljust(BLOCK, b"\0")
 
 
 def _is_complete(shard: AnyPath, pairs: Sequence[Pair]) -> bool:
@@ -238,7 +263,7 @@ def _index(parts: Mapping[str, Sequence[Pair]]) -> bytes:
             images.setdefault(pair.entry["file_name"], (number, position + BLOCK, pair.sizes[0]))
             position += pair.length
     shards = {name: _length(pairs) for name, pairs in parts.items()}
-    return json.dumps({"version": VERSION, "shards": shards, "images": images}, ensure_ascii=False).encode()
+    return json.dumps({"version": VERSION, "shards": shards, "images": images}).encode()
 
 
 def _write(place: AnyPath, write: Callable[[IO[bytes]], Any]) -> None:
@@ -251,12 +276,39 @@ def _write(place: AnyPath, write: Callable[[IO[bytes]], Any]) -> None:
         place.upload(Path(folder) / "content")
 
 
-def _remove_others(root: AnyPath, split: str, names: Sequence[str]) -> None:
-    """Shards of an earlier conversion into more of them, which readers of all shards would take for data, and parts."""
-    there = [file.name for file in root.iterdir()] if isinstance(root, Path) else root.names()
-    for name in there:
-        if re.fullmatch(rf"\.?{split}-\d{{6,}}\.tar(\..+\.part)?", name) and name not in names:
-            _remove(root / name)
+def _own_files(
+    shards: Shards,
+    complete: Collection[str],  # names of shards that are known to be ours
+    content: bytes,  # of the annotation file to write
+) -> list[str]:
+    """Shards of an earlier conversion, and parts of one that was killed.
+
+    Raises:
+        DataFault: something else has the name of a file of this split.
+    """
+    root, split = shards.root, shards.split
+    try:
+        there = [file.name for file in root.iterdir()] if isinstance(root, Path) else root.names()
+    except FileNotFoundError:
+        there = []
+    index = ShardIndex.read(shards.index_file) if shards.index_file.name in there else None
+    known = {*complete, *(() if index is None else index.shards)}
+    own = [name for name in there if re.fullmatch(rf"{split}-\d{{6,}}\.tar", name)]
+    in_the_way = [root / name for name in own if name not in known and not _is_sealed(root / name)]
+    file = _annotations(shards)
+    if index is None and not own and file.is_file() and file.read_bytes() != content:
+        in_the_way.append(file)
+    if in_the_way:
+        raise DataFault(
+            f"{in_the_way[0]}: is in the way, and detr-fast shard has not written it, or not to its end: remove it, or "
+            "choose another place"
+        )
+    return own + [name for name in there if re.fullmatch(rf"\.{split}-\d{{6,}}\.tar\.\w+\.part", name)]
+
+
+def _is_sealed(shard: AnyPath) -> bool:
+    size = size_of(shard)
+    return size is not None and size >= BLOCK and read_range(shard, size - BLOCK, BLOCK).startswith(SEAL)
 
 
 def _remove(place: AnyPath) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,8 @@ from detr_fast.data.transforms import Target, evaluation_transform, train_transf
 from detr_fast.engine.config import Config, DataConfig
 from detr_fast.engine.distributed import Processes
 from detr_fast.engine.errors import ConfigError
+
+LOOK_SECONDS = 5.0  # after which a worker looks whether its reader is still there
 
 
 def training_dataset(config: Config) -> CocoDetection:
@@ -54,6 +57,23 @@ def evaluation_dataset(data: DataConfig, categories: Categories | None = None) -
     )
     transform = evaluation_transform(data.shorter_side, data.max_size or None)
     return CocoDetection(paths, transform, categories, on_fault=data.on_fault, published_ids=data.published_ids)
+
+
+def check_same_images(dataset: CocoDetection, processes: Processes) -> None:
+    """Called by all processes.
+
+    Raises:
+        DataFault: another process has other images, as where each reads its own copy and leaves out what is damaged.
+    """
+    digest = hashlib.blake2b(repr(dataset.image_ids).encode()).hexdigest()
+    counts, digests = zip(*processes.gather((len(dataset), digest)), strict=True)
+    for rank, (count, other) in enumerate(zip(counts, digests, strict=True)):
+        if other != digests[0]:
+            found = f"process 0 has {counts[0]}, process {rank} has {count}{' others' * (count == counts[0])}"
+            raise DataFault(
+                f"{dataset.paths.annotations.name}: all processes must have the same images, {found}: compare their "
+                "files with detr-fast check-data"
+            )
 
 
 def _given(data: DataConfig) -> str | None:
@@ -186,10 +206,11 @@ def naming_faults(batches: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from batches
     except DataFault as fault:
-        lead, _, message = str(fault).rpartition(f"{DataFault.__module__}.{DataFault.__qualname__}: ")
-        if not lead.startswith("Caught DataFault in DataLoader worker"):
+        kind = type(fault)
+        lead, _, message = str(fault).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
+        if not lead.startswith(f"Caught {kind.__name__} in DataLoader worker"):
             raise
-        raise DataFault(message.strip()) from fault
+        raise kind(message.strip()) from fault
 
 
 def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
@@ -209,14 +230,18 @@ def _outlive_signals(worker: int) -> None:
     Only that process ends it. Others may ask several times: Slurm signals every process, and torchrun hands it on.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    reader = multiprocessing.parent_process()
-    assert reader is not None
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     # In a thread, so that also a worker that hangs can be ended.
-    threading.Thread(target=_obey, args=(reader.pid,), daemon=True).start()
+    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey(reader: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != reader:
-        pass
+def _obey(parent: int) -> None:
+    """Ends this process when the reader says so, or is gone itself: killed, it says nothing."""
+    reader = multiprocessing.parent_process()
+    assert reader is not None
+    # A forked worker's reader is its parent; whether that lives is not seen in the pipe, which later workers have too.
+    while os.getppid() == parent and reader.is_alive():
+        said = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECONDS)
+        if said is not None and said.si_pid == reader.pid:
+            break
     os._exit(0)

@@ -102,6 +102,13 @@ def test_pods_survive_an_eviction_and_share_one_run() -> None:
     assert claim_of(pod, "/data", container)["readOnly"]
 
 
+def test_the_readme_says_how_often_an_error_is_repeated() -> None:
+    specification = manifests()[0]["spec"]
+    restarts = specification["elasticPolicy"]["maxRestarts"] + 1
+    attempts = restarts * (specification["runPolicy"]["backoffLimit"] + 1)
+    assert f"times, {attempts}, then the job has failed" in MANIFEST.with_name("README.md").read_text()
+
+
 def claim_of(pod: Mapping[str, Any], path: str, container: Mapping[str, Any]) -> dict[str, Any]:
     (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == path]
     (volume,) = [volume for volume in pod["volumes"] if volume["name"] == name]

@@ -198,6 +198,79 @@ def test_data_is_copied_to_the_nodes(calls: Path) -> None:
     assert "/not/there" in said
 
 
+HANGING_COPY = """calls="$(dirname "$0")/../calls"
+head -c 3 "${@: -2:1}" > "${@: -1}"
+echo $$ > "$calls/step"
+for _ in $(seq 100); do sleep 0.1; done
+"""
+
+
+@pytest.fixture
+def staging(calls: Path) -> dict[str, str]:
+    """A data set to copy, with links, and a ``cp`` that stops in the middle of a file."""
+    data = calls.parent / "data"
+    (data / "annotations").mkdir(parents=True)
+    (data / "annotations" / "a b.json").write_text("annotations")
+    (calls.parent / "elsewhere").mkdir()
+    (calls.parent / "elsewhere" / "0.jpg").write_text("image")
+    (data / "train").symlink_to("../elsewhere")
+    (calls.parent / "bin" / "cp").write_text(f"#!/usr/bin/env bash\n{HANGING_COPY}")
+    (calls.parent / "bin" / "cp").chmod(0o755)
+    return {"DATA": str(data), "STAGE_TO": str(calls.parent / "disk" / "coco")}
+
+
+def copied(staging: dict[str, str]) -> dict[str, str]:
+    """The files that a data set is read from."""
+    root = Path(staging["STAGE_TO"])
+    files = [file for file in root.rglob("*") if file.is_file() and ".part" not in file.name]
+    return {str(file.relative_to(root)): file.read_text() for file in files}
+
+
+WHOLE = {"train/0.jpg": "image", "annotations/a b.json": "annotations"}
+
+
+def test_the_time_limit_while_data_is_copied(calls: Path, staging: dict[str, str]) -> None:
+    process = start(calls, **staging)
+    wait_for(calls / "step")
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode not in (0, -signal.SIGUSR1)
+    assert words(calls, "scontrol")[-2:] == ["requeue", "41234567"]
+    assert "putting job 41234567 back into the queue" in said
+    assert not words(calls, "torchrun")
+    assert copied(staging).items() < WHOLE.items()  # nothing that was not copied to its end
+    (calls.parent / "bin" / "cp").unlink()
+    assert run(calls, **staging) == (0, "")
+    assert copied(staging) == WHOLE
+    assert not (Path(staging["STAGE_TO"]) / "train").is_symlink()
+    (Path(staging["DATA"]) / "annotations" / "a b.json").write_text("newer annotations")
+    run(calls, **staging)
+    assert copied(staging)["annotations/a b.json"] == "newer annotations"
+
+
+def test_scancel_while_data_is_copied(calls: Path, staging: dict[str, str]) -> None:
+    process = start(calls, **staging)
+    wait_for(calls / "step")
+    process.send_signal(signal.SIGTERM)
+    os.kill(int((calls / "step").read_text()), signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode not in (0, -signal.SIGTERM)
+    assert not words(calls, "torchrun")
+    assert "requeue" not in words(calls, "scontrol")
+
+
+def test_a_signal_that_the_copy_outlives_is_not_forgotten(calls: Path, staging: dict[str, str]) -> None:
+    file = calls.parent / "bin" / "cp"
+    file.write_text(file.read_text().replace("head -c 3", "trap true TERM\nhead -c 100").replace("100)", "5)"))
+    process = start(calls, **staging)
+    wait_for(calls / "step")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert not words(calls, "torchrun")
+    assert words(calls, "scontrol")[-2:] == ["requeue", "41234567"]
+
+
 def test_the_commands_of_the_readme(calls: Path, accepted: Accepted) -> None:
     slurm, _ = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
     environment = {

@@ -1,16 +1,18 @@
-"""A small data set in COCO's format, written to order."""
+"""Small data sets in COCO's format, written to order."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from detr_fast.data import remote
 from detr_fast.data.layouts import CocoPaths
 
 WriteSplit = Callable[..., CocoPaths]
@@ -55,3 +57,23 @@ def annotation(identity: int, image: int, bbox: Sequence[float], category: int =
 def entry() -> Callable[..., dict[str, Any]]:
     """An annotation: ``entry(id, image_id, bbox, category=3, **more)``."""
     return annotation
+
+
+@pytest.fixture
+def source(write_split: Any, entry: Any) -> CocoPaths:
+    """Five images; the fourth has no objects, the last a crowd."""
+    boxes = [entry(i + 1, image, [1, 2, 9, 8], 3 + 4 * (i % 2)) for i, image in enumerate([1, 1, 2, 3, 5])]
+    sizes = [(40, 30), (50, 60), (20, 20), (64, 48), (31, 17)]
+    return write_split([*boxes, entry(9, 5, [0, 0, 30, 16], iscrowd=1)], sizes)
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A place of fsspec that is no folder."""
+    yield "memory://bucket/set"
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +148,7 @@ def bucketed(
 
 
 def steps(
-    batch_size: int, ranks: int, group: int, state: dict[str, int] | None = None, length: int = 75, **more: Any
+    batch_size: int, ranks: int, group: int, state: dict[str, Any] | None = None, length: int = 75, **more: Any
 ) -> list[list[int]]:
     """The images of every step, whoever of the ranks takes them."""
     parts = []
@@ -196,6 +198,36 @@ def test_resume_elsewhere_sees_every_remaining_image_once(split: tuple[int, int,
         rest = [index for batch in after for index in batch]
         assert rest == [index for batch in before for index in batch][images : images + len(rest)] + rest[72 - images :]
         assert len(set(seen + rest)) == len(seen) + len(rest)
+
+
+def other_shape_of(index: int, epoch: int) -> tuple[int, int]:
+    height, width = shape_of(index, epoch + 1000)
+    return height, width
+
+
+@pytest.mark.parametrize("images", [0, 8, 16, 24, 40, 72])
+def test_resume_with_images_of_other_sizes_sees_every_remaining_image_once(images: int) -> None:
+    """As with other scales: the window that was begun is finished in its own order."""
+    before = [index for batch in steps(8, 1, 1) for index in batch][:images]
+    sampler = bucketed(75, 8)
+    sampler.set_epoch(2)
+    state = sampler.state_dict(images)
+    json.loads(json.dumps(state))
+    for split in ((8, 1, 1), (3, 1, 1), (2, 2, 2)):
+        rest = [index for step in steps(*split, state, shape_of=other_shape_of) for index in step]
+        assert len(set(before + rest)) == len(before) + len(rest)
+        same = [index for step in steps(*split, state) for index in step]
+        finished = -images % 24 if images < 72 else len(rest)
+        assert rest[:finished] == same[:finished]
+        assert images == 72 or rest != same  # the others are sorted by their sizes now
+    again = bucketed(75, 8, shape_of=other_shape_of)
+    again.load_state_dict(state)
+    assert again.state_dict(images) == state
+    if images == 8:  # saved once more in the same window
+        more = [index for batch in itertools.islice(again, 1) for index in batch]
+        third = bucketed(75, 8)
+        third.load_state_dict(again.state_dict(16))
+        assert len(set(before + more + [index for batch in third for index in batch])) == 72
 
 
 def test_the_epoch_after_a_resume_has_its_own_order() -> None:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.faults import DataFault
+from detr_fast.data.remote import Refused
 from detr_fast.data.shapes import write_shapes
 from detr_fast.engine.config import Config
 from detr_fast.engine.distributed import Processes
 from detr_fast.engine.errors import ConfigError
-from detr_fast.engine.loaders import TrainingLoader, ahead, training_dataset, transforms_on_device
+from detr_fast.engine.loaders import (
+    TrainingLoader,
+    ahead,
+    check_same_images,
+    naming_faults,
+    training_dataset,
+    transforms_on_device,
+)
 
 Settings = Callable[..., Config]
+ROOT = Path(__file__).parents[2]
 OFTEN = {"data.scales": tuple(range(32, 65)), "train.batch_size": 2}
 
 
@@ -213,3 +226,95 @@ def test_a_data_set_is_not_read_to_learn_its_sizes(settings: Settings) -> None:
     expected = [tuple(dataset[index][0].shape[1:]) for index in range(len(dataset))]
     dataset.paths = type(dataset.paths)(Path("nowhere"), dataset.paths.annotations)
     assert [dataset.size_of(index) for index in range(len(dataset))] == expected
+
+
+class Refusing(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        raise Refused("s3://bucket/a.tar: cannot be reached")
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_fault_of_a_worker_keeps_its_kind() -> None:
+    with pytest.raises(Refused, match=r"^s3://bucket/a\.tar: cannot be reached$"):
+        list(naming_faults(DataLoader(Refusing(), num_workers=1)))
+
+
+class Two(Processes):
+    """This process and another one, whose values are those that were gathered last."""
+
+    others: ClassVar[dict[str, Any]] = {}
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.others.setdefault("value", value), value]
+
+
+def test_processes_with_other_images_are_refused(tmp_path: Path, settings: Settings) -> None:
+    """They would wait for one another for ever at the end of an epoch."""
+    folder = write_shapes(tmp_path / "own", {"train": 4, "val": 1}, 64, seed=1)
+    dataset = training_dataset(settings("run", {"data.path": str(folder)}))
+    processes = Two(1, 2)
+    for _ in range(2):
+        check_same_images(dataset, processes)
+    (folder / "train" / dataset.coco.imgs[2]["file_name"]).unlink()
+    fewer = training_dataset(settings("run", {"data.path": str(folder), "data.on_fault": "skip"}))
+    expected = r"^instances_train\.json: all processes must have the same images, process 0 has 4, process 1 has 3"
+    with pytest.raises(DataFault, match=expected):
+        check_same_images(fewer, processes)
+    processes.others.clear()
+    check_same_images(fewer, processes)
+    fewer.image_ids = (1, 2, 4)
+    with pytest.raises(DataFault, match="process 0 has 3, process 1 has 3 others"):
+        check_same_images(fewer, processes)
+    check_same_images(fewer, Processes())
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_a_worker_leaves_when_its_reader_is_gone(tmp_path: Path, start: str) -> None:
+    """Also one that hangs in a read, and without being asked."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, time, torch
+from torch.utils.data import DataLoader, Dataset
+from detr_fast.engine import loaders
+class Hanging(Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        with open({str(tmp_path / "worker")!r}, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(600)
+loaders.LOOK_SECONDS = 0.2
+if __name__ == "__main__":
+    options = loaders.loader_options(1, torch.device("cpu"))
+    next(iter(DataLoader(Hanging(), 1, multiprocessing_context={start!r}, **options)))
+""")
+    reader = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_until(lambda: (tmp_path / "worker").exists() and bool((tmp_path / "worker").read_text()))
+        time.sleep(1.0)
+        assert not has_ended(int((tmp_path / "worker").read_text()))
+    finally:
+        reader.kill()
+        reader.wait()
+    worker = int((tmp_path / "worker").read_text())
+    try:
+        wait_until(lambda: has_ended(worker))
+    finally:
+        if not has_ended(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def has_ended(process: int) -> bool:
+    try:
+        return "State:\tZ" in Path(f"/proc/{process}/status").read_text()  # nobody may be there to wait for it
+    except FileNotFoundError:
+        return True
