@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detr_fast.criterion import SetCriterion
     from detr_fast.engine.predict import Detector
+    from detr_fast.integrations.patching import patch
     from detr_fast.matcher import HungarianMatcher
     from detr_fast.models import build_model
     from detr_fast.structures import Images, Predictions, StaticTargets, Targets, Tokens
@@ -25,6 +26,7 @@ __all__ = [
     "Targets",
     "Tokens",
     "build_model",
+    "patch",
 ]
 
 _MODULE_OF_NAME = {
@@ -37,6 +39,7 @@ _MODULE_OF_NAME = {
     "Targets": "detr_fast.structures",
     "Tokens": "detr_fast.structures",
     "build_model": "detr_fast.models",
+    "patch": "detr_fast.integrations.patching",
 }
 
 _SUBMODULES = (
@@ -44,7 +47,9 @@ _SUBMODULES = (
     "captured",
     "criterion",
     "data",
+    "diagnostics",
     "engine",
+    "integrations",
     "layers",
     "losses",
     "matcher",

@@ -1,0 +1,155 @@
+"""Patching transformers: what is replaced, undone and refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+
+import pytest
+import transformers
+from transformers.loss import loss_deformable_detr, loss_for_object_detection, loss_utils
+
+from detr_fast.integrations import patching
+from detr_fast.integrations.patching import Patch, Replacement, patch
+
+REPLACED = {
+    "ForObjectDetection",
+    "ForSegmentation",
+    "DeformableDetrForObjectDetection",
+    "ConditionalDetrForObjectDetection",
+    "ConditionalDetrForSegmentation",
+    "DabDetrForObjectDetection",
+    "RTDetrForObjectDetection",
+    "RTDetrV2ForObjectDetection",
+    "DFineForObjectDetection",
+    "Deimv2ForObjectDetection",
+    "LwDetrForObjectDetection",
+    "RfDetrForObjectDetection",
+}
+
+
+@pytest.fixture(autouse=True)
+def _unpatched() -> Iterator[None]:
+    before = dict(loss_utils.LOSS_MAPPING)
+    yield
+    for active in [*patching._active.values()]:
+        active.undo()
+    assert before == loss_utils.LOSS_MAPPING
+
+
+def changed(before: dict[str, object]) -> set[str]:
+    return {key for key, value in loss_utils.LOSS_MAPPING.items() if value is not before[key]}
+
+
+def test_all_detection_losses_are_replaced_and_put_back() -> None:
+    before = dict(loss_utils.LOSS_MAPPING)
+    function = loss_for_object_detection.ForObjectDetectionLoss
+    made = patch("transformers")
+    assert changed(before) == REPLACED & set(before)
+    assert loss_for_object_detection.ForObjectDetectionLoss is not function
+    assert loss_deformable_detr.DeformableDetrForSegmentationLoss is not before["ConditionalDetrForSegmentation"]
+    made.undo()
+    assert not changed(before)
+    assert loss_for_object_detection.ForObjectDetectionLoss is function
+    made.undo()  # a second time does nothing
+    assert not made.is_active
+
+
+def test_a_block_undoes_at_its_end_even_after_an_error() -> None:
+    before = dict(loss_utils.LOSS_MAPPING)
+
+    def fail() -> None:
+        with patch("transformers"):
+            assert changed(before)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not changed(before)
+
+
+def test_patching_again_changes_nothing_and_the_first_decides() -> None:
+    before = dict(loss_utils.LOSS_MAPPING)
+    with patch("transformers") as outer:
+        value = loss_utils.LOSS_MAPPING["ForObjectDetection"]
+        with patch("transformers") as inner:
+            assert loss_utils.LOSS_MAPPING["ForObjectDetection"] is value
+            assert inner.report() is None
+        assert outer.is_active
+        assert loss_utils.LOSS_MAPPING["ForObjectDetection"] is value
+        with pytest.raises(RuntimeError, match="patched with mode='stable'; undo that patch before mode='compat'"):
+            patch("transformers", mode="compat")
+    assert not changed(before)
+
+
+def test_what_others_replaced_since_stays_theirs() -> None:
+    def other() -> None: ...
+
+    original = loss_utils.LOSS_MAPPING["ForObjectDetection"]
+    made = patch("transformers")
+    loss_utils.LOSS_MAPPING["ForObjectDetection"] = other
+    made.undo()
+    assert loss_utils.LOSS_MAPPING["ForObjectDetection"] is other
+    loss_utils.LOSS_MAPPING["ForObjectDetection"] = original
+
+
+def test_a_model_that_has_its_own_loss_keeps_it() -> None:
+    model = transformers.YolosForObjectDetection(
+        transformers.YolosConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            image_size=[32, 32],
+            num_detection_tokens=2,
+        )
+    )
+    with patch("transformers"):
+        assert model.loss_function is loss_utils.LOSS_MAPPING["ForObjectDetection"]
+        model.loss_function = loss_utils.ForCausalLMLoss
+        assert model.loss_function is loss_utils.ForCausalLMLoss
+
+
+def test_unknown_names_and_modes_are_refused() -> None:
+    with pytest.raises(ValueError, match="code_base must be 'transformers' or 'rfdetr', got 'transformer'"):
+        patch("transformer")
+    with pytest.raises(ValueError, match="mode must be 'stable' or 'compat', got 'exact'"):
+        patch("transformers", mode="exact")  # type: ignore[arg-type]
+
+
+def test_a_package_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="transformers must be installed"):
+        patch("transformers")
+
+
+@pytest.mark.parametrize("version", ["4.56.2", "4.570.0", "6.0.0", "50.1"])
+def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    before = dict(loss_utils.LOSS_MAPPING)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)  # which the package may replace
+    with pytest.raises(ImportError, match=rf"transformers must be of version 4.57.\*, 5.\*, found {version}"):
+        patch("transformers")
+    assert not changed(before)
+
+
+def test_a_loss_with_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(logits: object, labels: object, masks: object) -> None: ...
+
+    monkeypatch.setattr(loss_utils, "ForObjectDetectionLoss", other)
+    with pytest.raises(ImportError, match="ForObjectDetectionLoss of transformers must have the parameters logits, "):
+        patch("transformers")
+
+
+def test_replacements_of_mappings_and_attributes() -> None:
+    class Owner:
+        name = 1
+
+    mapping = {"key": 2}
+    made = Patch("nothing", "stable", [Replacement(Owner, "name", 3), Replacement(mapping, "key", 4, lambda: "found")])
+    assert (Owner.name, mapping["key"]) == (3, 4)
+    assert made.report() == "found"
+    assert repr(made) == "Patch('nothing', mode='stable', 2 places)"
+    made.undo()
+    assert (Owner.name, mapping["key"]) == (1, 2)
+    assert repr(made) == "Patch('nothing', mode='stable', undone)"
