@@ -5,7 +5,7 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*
 NATIVE := $(wildcard $(foreach folder,csrc csrc/* tests/native tests/emulator tests/emulator/include,\
 	$(foreach ending,h cpp cu,$(folder)/*.$(ending))))
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench docs wheel-smoke clean
 
 demo: .venv/installed
 	$(BIN)/detr-fast demo --output runs/demo
@@ -26,7 +26,15 @@ lint: .venv/installed-dev
 	$(BIN)/python -m benchmarks.tables --check README.md
 
 bench: .venv/installed-bench
-	$(BIN)/python -m benchmarks.run assignment matching criterion attention transformer model train_step input_pipeline
+	$(BIN)/python -m benchmarks.run assignment matching criterion adapters attention transformer model train_step input_pipeline
+
+# Writes build/docs. Nothing is imported, the pages of the API are read from the source. (--quiet would hide faults.)
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Source distribution and wheel, tried in an empty environment; more versions of PyTorch: see the script.
+wheel-smoke:
+	PYTHON=$(PYTHON) tests/packaging/wheel_smoke.sh
 
 # One version for everybody who develops; the package itself takes any from 2.11 on. Triton is the one that belongs to it:
 # PyTorch's CUDA builds bring it, the tests interpret and compile its kernels on a CPU too.
