@@ -43,6 +43,12 @@ def replace_file(
     _flush_folder(path.parent)
 
 
+def remove_parts(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote have left; nothing else may be writing there."""
+    for file in folder.glob(".*.????????.part"):  # the eight characters of mkstemp
+        file.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Errors of writing to an open file do not say which; this adds it."""

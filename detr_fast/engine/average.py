@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AveragedModel:
@@ -23,11 +23,18 @@ class AveragedModel:
         self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After step ``step``, counted from 0. Waits for nothing."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+    def update(
+        self,
+        step: int,  # counted from 0
+        was_skipped: Tensor,  # [] bool on the device: the step changed nothing, and the average stays too
+    ) -> None:
+        """After a step. Waits for nothing."""
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (~was_skipped).to(torch.float32)
         averages, weights = (list(side) for side in zip(*self._weights, strict=True))
-        torch._foreach_lerp_(averages, weights, weight)
+        # Not a lerp, whose weight is a number of the host.
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(averages, change)
         if self._buffers:
             kept, buffers = (list(side) for side in zip(*self._buffers, strict=True))
             torch._foreach_copy_(kept, buffers)

@@ -18,7 +18,7 @@ from detr_fast.engine.config import Config
 from detr_fast.engine.distributed import Processes
 from detr_fast.engine.errors import ConfigError
 from detr_fast.engine.graphed import GraphedSteps
-from detr_fast.engine.loaders import TrainingLoader, evaluation_dataset, training_dataset
+from detr_fast.engine.loaders import TrainingLoader, check_same_images, evaluation_dataset, training_dataset
 from detr_fast.engine.log import Log, LossSums
 from detr_fast.engine.optimizer import build_optimizer
 from detr_fast.engine.run import Run, images_of_step
@@ -50,6 +50,9 @@ def build_run(config: Config, processes: Processes, folder: Path, *, resumed: bo
     train_set = training_dataset(config)
     categories = train_set.categories
     evaluation = evaluation_dataset(config.data, categories) if config.evaluate.every else None
+    for dataset in (train_set, evaluation):
+        if dataset is not None:
+            check_same_images(dataset, processes)
     seed_everything(config.train.seed)
     model = build_model(config.model.name, categories.num_classes, **config.model.options)
     if hasattr(model, "detr"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import random
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +31,10 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
         replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file))
     except (OSError, RuntimeError) as error:  # PyTorch's writer hides the first behind the second
         kept = "; the one before it is whole" if Path(path).exists() else ""
-        raise CheckpointError(f"checkpoint {path} cannot be written: {_cause(error)}{kept}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be written: {cause(error)}{kept}") from error
 
 
-def _cause(error: BaseException | None) -> str:
+def cause(error: BaseException | None) -> str:
     """The operating system's reason if there is one in the chain of exceptions, else the last line of the first."""
     link = error
     while link is not None:
@@ -44,18 +45,26 @@ def _cause(error: BaseException | None) -> str:
 
 
 def keep_previous(folder: Path) -> None:
-    """Lets ``previous.pth`` be what ``last.pth`` is now, before that is replaced."""
+    """Lets ``previous.pth`` be what ``last.pth`` is now, before that is replaced.
+
+    Raises:
+        CheckpointError: it cannot be written; both are untouched.
+    """
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists():
         return
     link = folder / f".{PREVIOUS}.part"
-    link.unlink(missing_ok=True)
     try:
-        link.hardlink_to(last)
-    except OSError:  # not every file system has links; for a moment there is no last.pth then
-        last.replace(previous)
-    else:
-        link.replace(previous)
+        link.unlink(missing_ok=True)
+        try:
+            link.hardlink_to(last)
+        except OSError:  # not every file system has links
+            with last.open("rb") as content:
+                replace_file(previous, lambda file: shutil.copyfileobj(content, file))
+        else:
+            link.replace(previous)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {previous} cannot be written: {cause(error)}; {last} is whole") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +34,17 @@ class GraphedSteps:
 
     Takes one batch, on one device, and returns what the step returns, in memory that the next call overwrites. Batches
     that do not fit (a new canvas after ``most_graphs``, an image with more targets than ``most_targets``) run without
-    a graph. Capturing computes the step a few times without changing weights, statistics of norms or random states.
-    Learning rates must be tensors on the device.
+    a graph. Capturing computes the step a few times without changing weights, statistics of norms, counts of pairs or
+    random states. Learning rates must be tensors on the device.
+
+    Dropout draws other numbers in a graph, for spare rows too. So that a continued run draws what an undisturbed one
+    does, its state says which canvases have a graph: those have it from their first batch on.
     """
 
     def __init__(self, step: TrainingStep, most_targets: int, most_graphs: int = 16) -> None:
         self.step, self.most_targets, self.most_graphs = step, max(most_targets, 1), most_graphs
         self._seen: Counter[Shape] = Counter()
+        self._known: dict[Shape, None] = {}  # canvases that have a graph, or had one before the run was continued
         self._kept: dict[Shape, _Kept] = {}
         self._pool: Any = None  # memory that all graphs share: they are replayed one after the other
 
@@ -50,9 +54,11 @@ class GraphedSteps:
         self._seen[shape] += 1
         if batch.targets.max_count > self.most_targets:
             return self.step(batches)
-        if shape not in self._kept:
-            if self._seen[shape] < 2 or len(self._kept) == self.most_graphs:
+        if shape not in self._known:
+            if self._seen[shape] < 2 or len(self._known) >= self.most_graphs:
                 return self.step(batches)
+            self._known[shape] = None
+        if shape not in self._kept:
             self._kept[shape] = self._captured(batch)
         kept = self._kept[shape]
         _fill(kept.batch, batch)
@@ -61,6 +67,15 @@ class GraphedSteps:
         else:
             kept.graph.replay()
         return kept.result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which canvases were seen how often, and which have a graph; lists of numbers."""
+        seen = [[*shape, count] for shape, count in self._seen.items()]
+        return {"seen": seen, "kept": [list(shape) for shape in self._known]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._seen = Counter({tuple(shape): count for *shape, count in state["seen"]})
+        self._known = dict.fromkeys(tuple(shape) for shape in state["kept"])
 
     def _captured(self, batch: Batch) -> _Kept:
         static = self._static(batch)
@@ -92,9 +107,8 @@ class GraphedSteps:
 
     @contextmanager
     def _rehearsal(self) -> Iterator[None]:
-        """Steps in here leave weights, statistics of norms and random states as they were."""
-        model = self.step.model
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        """Steps in here leave weights, statistics of norms, counts of pairs and random states as they were."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.step.criterion.buffers()]
         restore_random = _random_states(self.step.rehearses.device)
         self.step.rehearses.fill_(1)
         try:

@@ -42,11 +42,12 @@ class Part:
 class Profile(contextlib.AbstractContextManager["Profile"]):
     """Profiles ``steps`` steps of the main process and writes ``profile/trace.json`` and ``profile/table.txt``.
 
-    With 0 steps it does nothing. The run goes on afterwards.
+    With 0 steps it does nothing. The run goes on afterwards; if it ends before, the steps until then are profiled.
     """
 
     def __init__(self, run: Run, steps: int) -> None:
         self.run, self.steps = run, steps
+        self._done = 0
         self._profile: profile | None = None
         self._hooks: list[Any] = []
         if steps and run.processes.is_main:
@@ -80,7 +81,12 @@ class Profile(contextlib.AbstractContextManager["Profile"]):
     def step(self) -> None:
         """After each step."""
         if self._profile is not None:
+            self._done += 1
             self._profile.step()
+
+    @property
+    def _recorded(self) -> int:
+        return min(self.steps, max(0, self._done - WAIT - WARM_UP))
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
@@ -88,14 +94,21 @@ class Profile(contextlib.AbstractContextManager["Profile"]):
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
+            if not self._recorded:
+                first = WAIT + WARM_UP
+                self.run.log.say(
+                    f"profile    none: the run ended after {self._done} steps, the first {first} are not profiled"
+                )
 
     def _write(self, found: profile) -> None:
+        if not self._recorded:
+            return
         folder = self.run.folder / "profile"
         folder.mkdir(exist_ok=True)
         trace = folder / "trace.json"
         found.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-        text = table(parts_of(events), self.steps)
+        text = table(parts_of(events), self._recorded)
         write_atomically(folder / "table.txt", text + "\n")
         self.run.log.say(f"profile    {trace}, {folder / 'table.txt'}\n{text}")
 

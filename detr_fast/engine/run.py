@@ -19,6 +19,7 @@ from detr_fast.engine.average import AveragedModel
 from detr_fast.engine.checkpoint import (
     BEST,
     LAST,
+    PREVIOUS,
     keep_previous,
     random_state,
     save_checkpoint,
@@ -70,7 +71,8 @@ class Run:
     skipped: SkippedSteps
     place: Place = field(default_factory=Place)
     last_good: Path | None = None  # checkpoint that a failed run can continue from
-    shards: tuple[str, ...] = ("",)  # folders of optimizer states of the checkpoints, the latest last; empty: none
+    saved_step: int = -1  # of last.pth, where this start has written it
+    shards: tuple[str, str] = ("", "")  # folders of optimizer states of previous.pth and last.pth; empty: none
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +108,7 @@ class Run:
     def save(self) -> None:
         """Writes ``last.pth``: everything needed to continue bit for bit. Called by all processes.
 
-        What was ``last.pth`` stays as ``previous.pth``.
+        What was ``last.pth`` stays as ``previous.pth`` if it is of an earlier step, or there is none yet.
 
         Raises:
             CheckpointError: it cannot be written, on any process; what was there is whole.
@@ -115,6 +117,7 @@ class Run:
         random, sums, skipped = zip(*self.processes.gather(own), strict=True)
         optimizer = self._save_optimizer()
         failure: CheckpointError | None = None
+        keeps = False
         if self.processes.is_main:
             state = self._state(self.model) | {
                 "optimizer": optimizer,
@@ -125,17 +128,22 @@ class Run:
             }
             if self.average is not None:
                 state["average"] = self.average.model.state_dict()
+            if isinstance(self.step, GraphedSteps):
+                state["graphs"] = self.step.state_dict()
+            is_other = self.place.step != self.saved_step or not (self.folder / PREVIOUS).exists()
+            keeps = is_other and self.last_good == self.folder / LAST  # a damaged one must not replace the whole one
             try:
-                if self.last_good == self.folder / LAST:  # a damaged one must not replace the whole one before it
+                if keeps:
                     keep_previous(self.folder)
                 save_checkpoint(self.folder / LAST, state)
-            except (CheckpointError, OSError) as error:
-                failure = error if isinstance(error, CheckpointError) else CheckpointError(str(error))
+            except CheckpointError as error:
+                failure = error
         # No process ends, and so stops the others, before the file is complete.
-        failure = self.processes.broadcast(failure)
+        failure, keeps = self.processes.broadcast((failure, keeps))
         if failure is not None:
             raise failure
-        self.last_good = self.folder / LAST
+        self.last_good, self.saved_step = self.folder / LAST, self.place.step
+        self.shards = (self.shards[1] if keeps else self.shards[0], optimizer.get("shards", ""))
         self._forget_shards()
 
     def save_best(self) -> None:
@@ -155,18 +163,14 @@ class Run:
     def _save_optimizer(self) -> dict[str, Any]:
         """The optimizer's state, or where its parts lie."""
         if not isinstance(self.optimizer, ZeroRedundancyOptimizer):
-            self.shards = (*self.shards, "")
             return self.optimizer.state_dict()
         name = f"optimizer-{self.place.step}-{self.place.epoch}"
-        if name == self.shards[-1]:  # last.pth needs them until it is replaced
+        while name in self.shards:  # a checkpoint needs them
             name += "-again"
-        save_shards(self.optimizer, self.model, self.folder / name)
-        self.shards = (*self.shards, name)
-        return {"shards": name}
+        return {"shards": name, "sums": save_shards(self.optimizer, self.model, self.folder / name, self.processes)}
 
     def _forget_shards(self) -> None:
         """Removes all but those of ``last.pth`` and ``previous.pth``, also what an earlier start has left behind."""
-        self.shards = self.shards[-2:]
         if self.processes.is_main:
             for folder in self.folder.glob("optimizer-*"):
                 if folder.name not in self.shards:
@@ -204,6 +208,8 @@ class Run:
         self.sums.load_state_dict(_merged(state["sums"], self.processes))
         if "skipped" in state:
             self.skipped.load_state_dict(state["skipped"][0])
+        if "graphs" in state and isinstance(self.step, GraphedSteps):
+            self.step.load_state_dict(state["graphs"])
         states = state["random"]
         if len(states) == self.processes.count:
             set_random_state(states[self.processes.rank])
@@ -214,7 +220,7 @@ class Run:
         if "shards" in state:
             load_shards(self.optimizer, self.model, path.parent / state["shards"])
             if path.parent.resolve() == self.folder.resolve():
-                self.shards = (state["shards"],)
+                self.shards = ("", state["shards"]) if path.name == LAST else (state["shards"], "")
         elif isinstance(self.optimizer, ZeroRedundancyOptimizer):
             part_of_whole(self.optimizer, state)
         else:

@@ -19,7 +19,7 @@ def apply_speed(model: nn.Module, config: SpeedConfig) -> None:
 
     Convolutions are compiled for one canvas at a time (with variable sizes they would be all the same, and slower), up
     to ``most_canvases``; the transformer once, for any number of tokens. What lies between them depends on the sizes of
-    the images and stays as it is.
+    the images and stays as it is. Evaluation, whose canvases are many and come once, is not compiled.
     """
     for module in model.modules():
         if isinstance(module, ResNet):
@@ -27,9 +27,44 @@ def apply_speed(model: nn.Module, config: SpeedConfig) -> None:
         elif isinstance(module, FrozenBatchNorm2d):
             module.is_folded = config.fold_norms
     if config.compile:
-        torch._dynamo.config.recompile_limit = max(config.most_canvases, torch._dynamo.config.recompile_limit)
-        model.get_submodule("backbone.0").compile(dynamic=False)
-        model.get_submodule("transformer").compile(dynamic=True)
+        backbone, transformer = model.get_submodule("backbone.0"), model.get_submodule("transformer")
+        backbone.compile(dynamic=False)
+        transformer.compile(dynamic=True)
+        backbone._compiled_call_impl = _CompiledInTraining(backbone, config.most_canvases)
+        transformer._compiled_call_impl = _CompiledInTraining(transformer)
+
+
+class _CompiledInTraining:
+    """How a compiled module is called: compiled only in training, and for the first few shapes if ``most`` is given.
+
+    PyTorch's own limit is one for all modules, and what runs in evaluation counts too.
+    """
+
+    def __init__(self, module: nn.Module, most: int | None = None) -> None:
+        self._compiled: Any = module._compiled_call_impl
+        self._plain: Any = module._call_impl
+        self._module, self._most = module, most
+        self._shapes: set[torch.Size] = set()
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        if not self._module.training:
+            return self._plain(*inputs, **options)
+        if self._most is not None and inputs[0].shape not in self._shapes:
+            if len(self._shapes) >= self._most:
+                return self._plain(*inputs, **options)
+            self._shapes.add(inputs[0].shape)
+        return self._compiled(*inputs, **options)
+
+
+@contextlib.contextmanager
+def compilations(config: SpeedConfig) -> Iterator[None]:
+    """Lets PyTorch compile as often as there are canvases; its limit is as it was afterwards."""
+    if not config.compile:
+        yield
+        return
+    limit = max(config.most_canvases, torch._dynamo.config.recompile_limit)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        yield
 
 
 @contextlib.contextmanager

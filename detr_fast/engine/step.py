@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 from detr_fast.criterion import SetCriterion
 from detr_fast.data.batch import Batch
+from detr_fast.engine.norm_statistics import NormStatistics
 from detr_fast.structures import Predictions
 
 # What is found of an image: its pixels, or what the model says of it, are not finite.
@@ -34,8 +35,9 @@ class TrainingStep:
 
     ``step([batch, ...])`` takes batches on the model's device. Losses and gradients are those of one large batch: box
     losses are divided by the targets, class losses by the weights of all of it, which the processes exchange while the
-    model computes. A step with pixels, predictions, a loss or a gradient that is not finite on any process changes no
-    weight, moment or step count on any; ``was_skipped`` tells, on the device.
+    model computes (norms that learn take their statistics from each micro-batch of each process alone). A step with
+    pixels, predictions, a loss or a gradient that is not finite on any process changes no weight, statistic, moment or
+    step count on any; ``was_skipped`` tells, on the device.
 
     Args:
         model: returns Predictions for Images; or DistributedDataParallel around such a model.
@@ -56,12 +58,14 @@ class TrainingStep:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.clip_norm, self.precision = clip_norm, precision
         device = next(model.parameters()).device
-        self.rehearses = torch.zeros((), device=device)  # [] 1: compute everything, but change no weights
+        self.rehearses = torch.zeros((), device=device)  # [] 1: compute everything, but change nothing
+        self._statistics = NormStatistics(model)
         self._one, self._nan = torch.ones((), device=device), torch.full((), torch.nan, device=device)
 
     def __call__(self, batches: Sequence[Batch]) -> StepResult:
         joint = JointNormalisers(self.criterion, batches, self._queries())
         self.optimizer.zero_grad(set_to_none=True)
+        self._statistics.keep()
         parts = []
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
@@ -107,6 +111,7 @@ class TrainingStep:
         # Divides the gradients by it: what clip_grad_norm_ does, without a pass of its own over them.
         fused.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1) if self.clip_norm > 0 else None
         self.optimizer.step()
+        self._statistics.restore(fused.found_inf > 0)
         return norm, was_skipped
 
 

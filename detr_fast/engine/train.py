@@ -28,8 +28,8 @@ from detr_fast.engine.profile import Profile
 from detr_fast.engine.rates import Rates, rates_text
 from detr_fast.engine.resume import choose_folder, find_checkpoint, load_to_continue
 from detr_fast.engine.run import Run
-from detr_fast.engine.speed import arithmetic
-from detr_fast.files import write_atomically
+from detr_fast.engine.speed import arithmetic, compilations
+from detr_fast.files import remove_parts, write_atomically
 
 
 def train(config: Config, resume: str | Path | None = None) -> Path:
@@ -48,23 +48,27 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
     with (
         processes(config.train.device, config.distributed.timeout_seconds) as joined,
         arithmetic(config.speed.tf32, config.train.deterministic),
+        compilations(config.speed),
     ):
         path = find_checkpoint(resume) if resume else None
         folder = joined.broadcast(choose_folder(config, path))
-        config = config.with_overrides({"train.output": str(folder)})
-        state = load_to_continue(path) if path else None
+        profile_steps = config.train.profile_steps
+        # A profile is of this start; the settings that are kept must not repeat it with every --resume.
+        config = config.with_overrides({"train.output": str(folder), "train.profile_steps": 0})
+        state = load_to_continue(path, joined) if path else None
         run = build_run(config, joined, folder, resumed=state is not None)
         if state is not None and path is not None:
             run.restore(state, path)
         if joined.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_parts(folder)
         # Also of a new run: one that died before its first checkpoint may have left lines behind.
         run.log.rewind(run.place.step, run.place.epoch)
         if joined.is_main:
             write_atomically(folder / "config.json", _json(config.to_dict()))
         _introduce(run, path)
         try:
-            with caught_signals(SharedFlag(joined)) as stop, Profile(run, config.train.profile_steps) as profile:
+            with caught_signals(SharedFlag(joined)) as stop, Profile(run, profile_steps) as profile:
                 _epochs(run, stop, profile)
         finally:
             run.log.close()
@@ -109,8 +113,10 @@ def _epochs(run: Run, stop: SharedFlag, profile: Profile) -> None:
         started = time.monotonic() - run.place.seconds
         rates = _steps(run, stop, started, profile)
         run.place.seconds = time.monotonic() - started
-        run.save()
-        result = _evaluate(run, stop)
+        result = None
+        if _is_evaluated(run):
+            run.save()  # a signal ends an evaluation, and the resumed run starts it again
+            result = _evaluate(run, stop)
         _finish_epoch(run, result, rates)
         run.save()
         if stop.agree():
@@ -170,7 +176,7 @@ def _step(run: Run, batches: list[Batch]) -> None:
     run.sums.add(result.losses, result.was_skipped)
     run.skipped.add(result, place.step)
     if run.average is not None:
-        run.average.update(place.step)
+        run.average.update(place.step, result.was_skipped)
     place.step += 1
     place.images += run.images_of_step
 
@@ -227,12 +233,14 @@ def report_skipped(run: Run, recent: dict[int, tuple[int, ...]]) -> None:
         )
 
 
-def _evaluate(run: Run, stop: SharedFlag) -> Evaluation | None:
-    """Evaluates if this epoch is to be; a signal ends it, and the resumed run starts it again."""
+def _is_evaluated(run: Run) -> bool:
     every, epoch = run.config.evaluate.every, run.place.epoch
     is_last = epoch + 1 == run.config.train.epochs
-    if run.evaluation is None or not (is_last or (epoch + 1) % every == 0):
-        return None
+    return run.evaluation is not None and (is_last or (epoch + 1) % every == 0)
+
+
+def _evaluate(run: Run, stop: SharedFlag) -> Evaluation:
+    """Evaluates; a signal interrupts it."""
     run.share_buffers()
     result = evaluate(
         run.evaluated,

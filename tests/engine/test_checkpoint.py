@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from pathlib import Path
 
@@ -10,8 +12,17 @@ import pytest
 import torch
 
 from detr_fast.engine import checkpoint
-from detr_fast.engine.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from detr_fast.engine.errors import CheckpointError, ForeignCheckpointError
+from detr_fast.engine.checkpoint import (
+    keep_previous,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from detr_fast.engine.config import Config
+from detr_fast.engine.errors import CheckpointError, ConfigError, ForeignCheckpointError
+from detr_fast.engine.resume import choose_folder, find_checkpoint
+from detr_fast.files import remove_parts, replace_file
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -40,6 +51,64 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     assert load_checkpoint(path)["number"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+def no_links(self: Path, target: Path) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_without_links_the_previous_checkpoint_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    save_checkpoint(tmp_path / "last.pth", {"number": 1})
+    keep_previous(tmp_path)
+    assert [load_checkpoint(tmp_path / name)["number"] for name in ("last.pth", "previous.pth")] == [1, 1]
+    save_checkpoint(tmp_path / "last.pth", {"number": 2})
+    keep_previous(tmp_path)
+    assert [load_checkpoint(tmp_path / name)["number"] for name in ("last.pth", "previous.pth")] == [2, 2]
+    assert {file.name for file in tmp_path.iterdir()} == {"last.pth", "previous.pth"}
+
+
+def test_without_links_and_room_both_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "last.pth", {"number": 1})
+    keep_previous(tmp_path)
+    save_checkpoint(tmp_path / "last.pth", {"number": 2})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"previous\.pth cannot be written: No space left on device; .* is whole"):
+        keep_previous(tmp_path)
+    assert [load_checkpoint(tmp_path / name)["number"] for name in ("last.pth", "previous.pth")] == [2, 1]
+
+
+def test_a_run_with_the_previous_checkpoint_only_is_found_and_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    save_checkpoint(folder / "previous.pth", {"number": 1})
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint(folder) == folder / "previous.pth"
+    assert find_checkpoint("latest") == Path("runs/first/previous.pth")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        choose_folder(Config().with_overrides({"train.output": str(folder)}), None)
+    save_checkpoint(folder / "last.pth", {"number": 2})
+    assert find_checkpoint(folder) == folder / "last.pth"
+    assert find_checkpoint("latest") == Path("runs/first/last.pth")
+
+
+def test_files_that_a_killed_save_has_left_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".other.part").write_bytes(b"not ours")
+    (tmp_path / "last.pth").write_bytes(b"whole")
+
+    names = []
+    replace_file(tmp_path / "last.pth", lambda file: names.extend(tmp_path.glob(".last.pth.*")))
+    (left,) = names
+    left.write_bytes(b"half of it")
+    remove_parts(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {".other.part", "last.pth"}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

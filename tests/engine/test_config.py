@@ -52,6 +52,7 @@ def test_options_of_the_model_follow_its_name_whatever_the_order() -> None:
         ("train.epochs", "many", "train.epochs must be integer, got 'many'"),
         ("train.epochs", 2.5, "train.epochs must be integer, got 2.5"),
         ("train.epochs", 0, "train.epochs must be at least 1, got 0"),
+        ("loss.eos_coef", 0, "loss.eos_coef must be above 0, got 0.0: in a batch without objects nothing else weighs"),
         ("train.device", "gpu", "train.device must be auto|cpu|cuda, got 'gpu'"),
         ("train.precision", "bf61", "did you mean bf16?"),
         ("data.crop", "maybe", "data.crop must be true|false, got 'maybe'"),

@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_taken(
     damage(folder / "last.pth")
     capsys.readouterr()
     assert main([*train_both, "--resume"]) == 2
-    offered = f"the one before it is whole, at step 4: --resume {folder / 'previous.pth'}"
+    offered = f"the one before it is whole, at step 3: --resume {folder / 'previous.pth'}"
     assert_one_line(capsys.readouterr().err, f"checkpoint {folder / 'last.pth'} is damaged", offered)
     assert main([*train_both, "--resume", "auto"]) == 0
     assert f"continuing {folder / 'previous.pth'}" in capsys.readouterr().err
@@ -244,7 +244,7 @@ def spoil_gradient(run: Run, batches: list[Batch]) -> None:
 def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(
     settings: Settings, capfd: pytest.CaptureFixture[str], count: int, spoil: Callable[[Run, list[Batch]], None]
 ) -> None:
-    run = train_recorded(settings("run", {"train.batch_size": 2}), count, before_step=spoil)
+    run = train_recorded(settings("run", {"train.ema_decay": 0.9}), count, before_step=spoil)
     for steps, weights in zip(run.ranks, run.weights, strict=True):
         assert [number for number, step in enumerate(steps) if step.was_skipped] == [BAD_STEP]
         assert torch.equal(steps[BAD_STEP].weights, steps[BAD_STEP - 1].weights)
@@ -259,8 +259,9 @@ def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(
         spoil_gradient: f"step {BAD_STEP + 1}, image ids {every}: gradient_norm = nan",
     }
     assert f"left out   epoch {epoch}, {reasons[spoil]}" in capfd.readouterr().out.splitlines()
-    moments = load_checkpoint(run.folder / "last.pth")["optimizer"]["state"].values()
-    assert all(value.isfinite().all() for state in moments for value in state.values())
+    state = load_checkpoint(run.folder / "last.pth")
+    for values in (state["model"], state["average"], *state["optimizer"]["state"].values()):
+        assert all(value.isfinite().all() for value in values.values())
 
 
 @pytest.mark.parametrize("count", [1, 2])

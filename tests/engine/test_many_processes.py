@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accuracy import assert_as_accurate
 from engine.conftest import smallest
 from engine.launch import SAME_CANVAS, Exact, Recorded, constant_norms, train_exactly, train_recorded
+from torch.multiprocessing import ProcessRaisedException
 
 from detr_fast.data.shapes import write_shapes
 from detr_fast.engine import build
@@ -24,7 +25,7 @@ from detr_fast.engine.checkpoint import load_checkpoint
 from detr_fast.engine.config import Config
 from detr_fast.engine.distributed import SharedFlag
 from detr_fast.engine.errors import CheckpointError, Interrupted
-from detr_fast.engine.resume import load_to_continue, newest_whole
+from detr_fast.engine.resume import load_to_continue, load_whole, newest_whole
 from detr_fast.engine.run import Run
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "gradient_norm")
@@ -168,34 +169,40 @@ def test_shards_that_a_checkpoint_needs_are_not_written_over(
     def stopped(run: Run, stop: SharedFlag) -> None:
         raise Interrupted(signal.SIGTERM, run.folder)
 
-    changes = {"distributed.shard_optimizer": True}
+    changes = {"distributed.shard_optimizer": True, "evaluate.every": 1}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_evaluate", stopped)
         folder = recorded("run", (2, 2, 1), changes).folder
     needed = load_checkpoint(folder / "last.pth")["optimizer"]["shards"]
     recorded("run", (2, 2, 1), changes, resume=folder)
-    assert load_checkpoint(folder / "previous.pth")["place"]["step"] == STEPS
-    assert load_checkpoint(folder / "previous.pth")["optimizer"]["shards"] != needed
+    found = [load_whole(folder / name) for name in ("last.pth", "previous.pth")]
+    assert [state["place"]["step"] for state in found] == [STEPS, STEPS]
+    assert [state["place"]["epoch"] for state in found] == [1, 0]
+    assert found[0]["optimizer"]["shards"] != needed
 
 
-@pytest.mark.parametrize("damage", ["cut off", "gone"])
+@pytest.mark.parametrize("damage", ["cut off", "gone", "zeroed"])
 def test_a_checkpoint_whose_shards_are_damaged_is_refused_and_the_one_before_it_taken(
     recorded: Callable[..., Recorded], damage: str
 ) -> None:
-    folder = recorded("run", (2, 2, 1), {"distributed.shard_optimizer": True}).folder
+    changes = {"distributed.shard_optimizer": True, "train.checkpoint_steps": 3}
+    folder = recorded("run", (2, 2, 1), changes).folder
     assert newest_whole(folder) == (folder / "last.pth", None)
     shards = folder / load_checkpoint(folder / "last.pth")["optimizer"]["shards"]
     if damage == "gone":
         shutil.rmtree(shards)
     else:
         largest = max(shards.glob("*.distcp"), key=lambda file: file.stat().st_size)
-        largest.write_bytes(largest.read_bytes()[:-1])
+        content = largest.read_bytes()
+        largest.write_bytes(content[:-1] if damage == "cut off" else bytes(len(content)))
     with pytest.raises(CheckpointError, match=rf"{shards} cannot be read: .*previous\.pth"):
         load_to_continue(folder / "last.pth")
     path, reason = newest_whole(folder)
     assert path == folder / "previous.pth"
     assert reason is not None
     assert str(shards) in reason
+    with pytest.raises(ProcessRaisedException, match=rf"CheckpointError: .*{shards} cannot be read: .*previous\.pth"):
+        recorded("run", (2, 2, 1), {**changes, "train.epochs": 2}, resume=folder / "last.pth")
 
 
 def test_compressed_gradients_are_near_and_equal_everywhere(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from detr_fast.engine import profile
+from detr_fast.engine.checkpoint import load_checkpoint
 from detr_fast.engine.config import Config
 from detr_fast.engine.profile import parts_of, table
+from detr_fast.engine.resume import settings_of_run
 from detr_fast.engine.train import train
 
 
@@ -53,3 +59,35 @@ def test_a_profiled_run_writes_a_trace_and_a_table(settings: Callable[..., Confi
     assert all(float(rows[name][-1]) > 0 for name in ("backbone", "transformer", "loss", "backward", "optimizer"))
     assert float(rows["backbone"][0]) + float(rows["transformer"][0]) < float(rows["forward"][0])
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_profile_is_of_this_start_only(settings: Callable[..., Config]) -> None:
+    folder = train(settings("run", {"train.profile_steps": 2, "train.epochs": 2, "evaluate.every": 0}))
+    assert settings_of_run(folder / "last.pth").train.profile_steps == 0
+    assert load_checkpoint(folder / "last.pth")["config"]["train"]["profile_steps"] == 0
+    shutil.rmtree(folder / "profile")
+    (folder / "config.json").unlink()
+    train(settings_of_run(folder / "last.pth").with_overrides({"train.epochs": 4}), resume=folder)
+    assert not (folder / "profile").exists()
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(4, 2), (40, 2)])
+def test_a_run_that_ends_early_is_divided_by_the_steps_that_were_recorded(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, steps: int, epochs: int
+) -> None:
+    """Eight steps, of which five pass before anything is recorded."""
+    divided_by = []
+    monkeypatch.setattr(profile, "table", lambda parts, count: divided_by.append(count) or "")
+    train(settings("run", {"train.profile_steps": steps, "train.epochs": epochs, "evaluate.every": 0}))
+    assert divided_by == [3]
+
+
+@pytest.mark.parametrize(("batch_size", "epochs", "steps"), [(4, 1, 2), (8, 5, 5)])
+def test_a_run_that_ends_before_the_profile_begins_says_so(
+    settings: Callable[..., Config], capsys: pytest.CaptureFixture[str], batch_size: int, epochs: int, steps: int
+) -> None:
+    changes = {"train.profile_steps": 2, "train.epochs": epochs, "evaluate.every": 0, "train.batch_size": batch_size}
+    folder = train(settings("run", changes))
+    said = f"profile    none: the run ended after {steps} steps, the first 5 are not profiled"
+    assert said in capsys.readouterr().out.splitlines()
+    assert not (folder / "profile").exists()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from engine.steps import batch_of, gradients_of, model_of, step_of
+from engine.steps import CLASSES, batch_of, gradients_of, model_of, step_of
+from torch import nn
 
+from detr_fast.data.batch import Batch
+from detr_fast.engine.average import AveragedModel
 from detr_fast.engine.config import SpeedConfig
-from detr_fast.engine.speed import apply_speed, arithmetic
-from detr_fast.structures import Images
+from detr_fast.engine.speed import apply_speed, arithmetic, compilations
+from detr_fast.structures import Images, Targets
 
 
 @pytest.mark.parametrize("switch", ["channels_last", "fold_norms"])
@@ -44,6 +49,72 @@ def test_pytorchs_switches_are_put_back() -> None:
         assert torch.are_deterministic_algorithms_enabled()
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Graphs that were compiled until now. Compiling stops where what is slow would begin."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend="eager", **options))
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def test_no_more_canvases_are_compiled_than_asked_for(graphs: Callable[[], int]) -> None:
+    model = model_of("detr_tiny")
+    apply_speed(model, SpeedConfig(compile=True, most_canvases=2))
+    step, found = step_of(model), [graphs()]
+    for canvas in (64, 96, 64, 128, 160):
+        step([batch_on(canvas)])
+        found.append(graphs())
+    assert found[0] < found[1] < found[2]
+    assert len(set(found[2:])) == 1
+
+
+def test_evaluation_is_not_compiled_and_uses_up_no_canvas(graphs: Callable[[], int]) -> None:
+    model = model_of("detr_tiny")
+    apply_speed(model, SpeedConfig(compile=True, most_canvases=2))
+    step = step_of(model)
+    step([batch_on(64)])
+    before = graphs()
+    model.eval()
+    with torch.no_grad():
+        for canvas in (64, 96, 128, 160, 192, 224, 256, 288, 320, 352):
+            model(batch_on(canvas).images)
+    assert graphs() == before
+    step.model.train()
+    step([batch_on(96)])
+    assert graphs() > before
+
+
+def test_an_average_of_a_compiled_model_is_one_of_its_own(graphs: Callable[[], int]) -> None:
+    model = model_of("detr_tiny")
+    apply_speed(model, SpeedConfig(compile=True))
+    average, batch, before = AveragedModel(model, decay=0.9).model, batch_on(64), graphs()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert average(batch.images).logits.abs().sum() > 0
+    assert graphs() == before
+
+
+def test_the_limit_of_compilations_is_put_back() -> None:
+    before = torch._dynamo.config.recompile_limit
+    with compilations(SpeedConfig(compile=True, most_canvases=20)):
+        assert torch._dynamo.config.recompile_limit == 20
+    with compilations(SpeedConfig(compile=True, most_canvases=2)):
+        assert torch._dynamo.config.recompile_limit == before
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def batch_on(width: int) -> Batch:
+    """Two images of 64 pixels' height, one as wide as the canvas."""
+    generator = torch.Generator().manual_seed(width)
+    images = Images.batch([torch.randn(3, 64, own, generator=generator) for own in (width, 64)])
+    target = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    return Batch(images, Targets.pack([target, target], CLASSES), (1, 2), torch.tensor([[64, width], [64, 64]]))
 
 
 @pytest.mark.slow
