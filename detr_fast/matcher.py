@@ -142,11 +142,17 @@ class HungarianMatcher(nn.Module):
         options: dict[str, Any] = {"kind": self.kind, "alpha": self.alpha, "gamma": self.gamma, "dialect": self.dialect}
         options |= {"status": status, "max_count": most}
         if self.invalid in (None, "raise", "skip"):
+            return match(*arguments, *costs, **options)
+        if (
+            status.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # looking costs nothing: mostly all is well
+            known = int(status[0])
             found = match(*arguments, *costs, **options)
-        else:
-            cost = matching_cost(*arguments, *costs, **options)
-            found = assign(replaced(cost, self.invalid, most), targets.offsets, most)
-        return found
+            if int(status[0]) == known:
+                return found
+            del options["status"]
+        cost = matching_cost(*arguments, *costs, **options)
+        return assign(replaced(cost, self.invalid, most), targets.offsets, most)
 
     def _checked(self, found: Tensor, predictions: Predictions, targets: Targets) -> Tensor:
         if self._raises(found):

@@ -11,24 +11,27 @@
 namespace detr::cpu {
 namespace {
 
+// Calls use(at), where at(k) is element k as T; the type is looked at once.
+template <typename T, typename Use>
+DETR_HD void with_reader(const Elements& from, Use use) {
+  switch (from.type) {
+    case ElementType::kFloat64:
+      return use([x = static_cast<const double*>(from.data)](int64_t k) { return T(x[k]); });
+    case ElementType::kFloat32:
+      return use([x = static_cast<const float*>(from.data)](int64_t k) { return T(x[k]); });
+    case ElementType::kFloat16:
+      return use([x = static_cast<const uint16_t*>(from.data)](int64_t k) { return T(from_float16(x[k])); });
+    case ElementType::kBFloat16:
+      return use([x = static_cast<const uint16_t*>(from.data)](int64_t k) { return T(from_bfloat16(x[k])); });
+  }
+}
+
 // Row `row` of a [rows, width] array, as T.
 template <typename T>
 DETR_HD void load_row(const Elements& from, int64_t row, int64_t width, T* to) {
-  const int64_t begin = row * width;
-  switch (from.type) {
-    case ElementType::kFloat64:
-      for (int64_t k = 0; k < width; ++k) to[k] = T(static_cast<const double*>(from.data)[begin + k]);
-      break;
-    case ElementType::kFloat32:
-      for (int64_t k = 0; k < width; ++k) to[k] = static_cast<const float*>(from.data)[begin + k];
-      break;
-    case ElementType::kFloat16:
-      for (int64_t k = 0; k < width; ++k) to[k] = from_float16(static_cast<const uint16_t*>(from.data)[begin + k]);
-      break;
-    case ElementType::kBFloat16:
-      for (int64_t k = 0; k < width; ++k) to[k] = from_bfloat16(static_cast<const uint16_t*>(from.data)[begin + k]);
-      break;
-  }
+  with_reader<T>(from, [=](auto at) {
+    for (int64_t k = 0; k < width; ++k) to[k] = at(row * width + k);
+  });
 }
 
 template <typename T>

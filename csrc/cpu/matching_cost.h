@@ -58,34 +58,55 @@ int64_t row_block_size(int64_t classes) {
   return kRowBlock * round_up(classes, kLanes<T>);
 }
 
-// Class terms of one problem into cost [targets, queries].
 template <typename T>
-void class_costs(const CostArguments<T>& a, const Problem& problem, T* rows, T* cost) {
+DETR_HD bool is_known(const CostArguments<T>& a, int64_t label) {
+  return label >= 0 && label < label_limit(a.kind, a.classes);
+}
+
+// Class terms of one problem into cost [targets, queries]: softmax.
+template <typename T>
+void softmax_costs(const CostArguments<T>& a, const Problem& problem, T* rows, T* cost) {
   const int64_t queries = a.batch.queries, padded = round_up(a.classes, kLanes<T>);
   const int64_t* labels = a.labels + problem.first_target;
-  const T nan = std::numeric_limits<T>::quiet_NaN();
   T largest[kRowBlock], scale[kRowBlock];
   for (int64_t start = 0; start < queries; start += kRowBlock) {
     const int64_t count = std::min(kRowBlock, queries - start);
     for (int64_t i = 0; i < count; ++i) {
       load_padded_row<T>(a.logits, problem.first_query + start + i, a.classes, -kInfinity<T>, rows + i * padded);
-      if (is_softmax(a.kind)) largest[i] = largest_of_row(rows + i * padded, a.classes);
+      largest[i] = largest_of_row(rows + i * padded, a.classes);
     }
     for (int64_t i = 0; i < count; ++i)
-      scale[i] = is_softmax(a.kind) ? -a.class_weight / exponentials(rows + i * padded, a.classes, largest[i]) : T(1);
+      scale[i] = -a.class_weight / exponentials(rows + i * padded, a.classes, largest[i]);
     for (int64_t t = 0; t < problem.targets; ++t) {
-      const bool known = labels[t] >= 0 && labels[t] < label_limit(a.kind, a.classes);
       T* out = cost + t * queries + start;
-      for (int64_t i = 0; i < count; ++i) out[i] = known ? rows[i * padded + labels[t]] * scale[i] : nan;
+      const bool known = is_known(a, labels[t]);
+      for (int64_t i = 0; i < count; ++i)
+        out[i] = known ? rows[i * padded + labels[t]] * scale[i] : std::numeric_limits<T>::quiet_NaN();
     }
   }
-  if (is_softmax(a.kind)) return;
-  for (int64_t k = 0; k < problem.targets * queries; k += kLanes<T>) {
-    const int64_t count = problem.targets * queries - k;
-    const Value<T> x = load_some<T>(cost + k, count, T(0));
+}
+
+// The same, focal, which reads the logits of the targets' labels only.
+template <typename T>
+void focal_costs(const CostArguments<T>& a, const Problem& problem, T* cost) {
+  const int64_t queries = a.batch.queries, size = problem.targets * queries;
+  const int64_t* labels = a.labels + problem.first_target;
+  with_reader<T>(a.logits, [&](auto logit) {
+    for (int64_t start = 0; start < queries; start += kRowBlock) {  // whose cache lines the labels share
+      const int64_t count = std::min(kRowBlock, queries - start), row = (problem.first_query + start) * a.classes;
+      for (int64_t t = 0; t < problem.targets; ++t) {
+        T* out = cost + t * queries + start;
+        const bool known = is_known(a, labels[t]);
+        for (int64_t i = 0; i < count; ++i)
+          out[i] = known ? logit(row + i * a.classes + labels[t]) : std::numeric_limits<T>::quiet_NaN();
+      }
+    }
+  });
+  for (int64_t k = 0; k < size; k += kLanes<T>) {
+    const Value<T> x = load_some<T>(cost + k, size - k, T(0));
     const Value<T> term =
         focal_cost<LaneMath<T>>(x, a.alpha, a.gamma, a.kind == ClassKind::kFocalStable, a.class_epsilon);
-    store_some<T>(cost + k, a.class_weight * term, count);
+    store_some<T>(cost + k, a.class_weight * term, size - k);
   }
 }
 
@@ -120,11 +141,14 @@ template <typename T>
 void problem_cost(const CostArguments<T>& a, const Problem& problem, T* work, T* cost) {
   const int64_t padded = round_up(a.batch.queries, kLanes<T>);
   const BoxLanes<T> boxes = {work, work + padded, work + 2 * padded, work + 3 * padded};
-  for (int64_t q = 0; q < padded; ++q) {
-    const CentreBox<T> box = q < a.batch.queries ? load_box<T>(a.boxes, problem.first_query + q) : CentreBox<T>{};
-    boxes.cx[q] = box.cx, boxes.cy[q] = box.cy, boxes.w[q] = box.w, boxes.h[q] = box.h;
-  }
-  class_costs(a, problem, work + 4 * padded, cost);
+  with_reader<T>(a.boxes, [&](auto number) {
+    for (int64_t q = 0; q < a.batch.queries; ++q) {
+      const int64_t at = 4 * (problem.first_query + q);
+      boxes.cx[q] = number(at), boxes.cy[q] = number(at + 1), boxes.w[q] = number(at + 2), boxes.h[q] = number(at + 3);
+    }
+  });
+  for (int64_t q = a.batch.queries; q < padded; ++q) boxes.cx[q] = boxes.cy[q] = boxes.w[q] = boxes.h[q] = 0;
+  is_softmax(a.kind) ? softmax_costs(a, problem, work + 4 * padded, cost) : focal_costs(a, problem, cost);
   for (int64_t t = 0; t < problem.targets; ++t)
     add_box_costs(a, boxes, target_box(a, problem.first_target + t), cost + t * a.batch.queries);
 }
@@ -140,7 +164,7 @@ int64_t terms_at_fault(const CostArguments<T>& a, int64_t query, int64_t target,
   int64_t terms = 0;
   const int64_t label = a.labels[target];
   load_padded_row<T>(a.logits, query, a.classes, -kInfinity<T>, row);
-  if (label < 0 || label >= label_limit(a.kind, a.classes)) {
+  if (!is_known(a, label)) {
     terms |= kLabelTerm;
   } else {
     T term;
@@ -188,10 +212,11 @@ void matching_cost(const CostArguments<T>& a, T* cost, Forbidden* forbidden, int
   T* work = static_cast<T*>(scratch(Scratch::kCost, cost_work_size(a) * sizeof(T)));
   for (int64_t p = begin; p < end; ++p) {
     const Problem problem(a.batch, p);
+    forbidden[p] = kNoneForbidden;
+    if (problem.targets == 0) continue;
     T* own = cost + (problem.layer * a.batch.targets + problem.first_target) * a.batch.queries;
     problem_cost(a, problem, work, own);
-    const bool any = has_forbidden(own, problem.targets * a.batch.queries);
-    forbidden[p] = any ? find_forbidden(a, problem, own, work) : kNoneForbidden;
+    if (has_forbidden(own, problem.targets * a.batch.queries)) forbidden[p] = find_forbidden(a, problem, own, work);
   }
 }
 
