@@ -101,7 +101,7 @@ class SetCriterion(nn.Module):
         empty_weight[-1] = eos_coef
         self.register_buffer("empty_weight", empty_weight)
         self._weight_tensors: dict[tuple[Any, ...], Tensor] = {}
-        self._latest: _Matched | None = None  # detached, for diagnostics
+        self.latest: _Matched | None = None  # the batch that diagnostics() is about, detached
 
     def forward(
         self,
@@ -234,7 +234,7 @@ class SetCriterion(nn.Module):
         query_of_target = self._match(predictions, packed, outputs, targets)
         if not torch.compiler.is_compiling():
             detached = Predictions(predictions.logits.detach(), predictions.boxes.detach())
-            self._latest = _Matched(detached, packed, query_of_target, None)
+            self.latest = _Matched(detached, packed, query_of_target, None)
         return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets) if reduces else None)
 
     def _loss_options(self, num_boxes: Tensor | None) -> tuple[Any, ...]:
@@ -329,9 +329,9 @@ class SetCriterion(nn.Module):
 
         None before the first batch, in compiled code, or with a matcher of another class.
         """
-        if self._latest is None or not isinstance(self.matcher, HungarianMatcher):
+        if self.latest is None or not isinstance(self.matcher, HungarianMatcher):
             return None
-        predictions, targets, query_of_target, _ = self._latest
+        predictions, targets, query_of_target, _ = self.latest
         return diagnose(self.matcher, predictions, targets, query_of_target)
 
     def matcher_report(self) -> str | None:

@@ -27,6 +27,7 @@ class _Kept:
     batch: Batch  # of StaticImages and StaticTargets
     result: StepResult
     graph: torch.cuda.CUDAGraph | None = None  # None on a CPU, where every call computes the same anew
+    matched: Any = None  # what the criterion keeps of the batch, for its diagnostics
 
 
 class GraphedSteps:
@@ -66,6 +67,7 @@ class GraphedSteps:
             kept.result = self.step([kept.batch])
         else:
             kept.graph.replay()
+            self.step.criterion.latest = kept.matched
         return kept.result
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class GraphedSteps:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             result = self.step([static])
         self._pool = graph.pool()
-        return _Kept(static, result, graph)
+        return _Kept(static, result, graph, self.step.criterion.latest)
 
     def _static(self, batch: Batch) -> Batch:
         device = batch.images.pixels.device

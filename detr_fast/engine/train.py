@@ -205,9 +205,26 @@ def _log_interval(run: Run, recent: dict[int, tuple[int, ...]], rates: Rates) ->
     if (unmatched := run.criterion.matcher_report()) is not None:
         run.log.say(f"step {run.place.step}: left out of the matching: {unmatched}")
     measured = rates.read()
-    counted = {"skipped": run.skipped.total}
-    run.log.write("step", run.place.step, run.place.epoch, {**means, **learning, **measured, **counted})
+    values = {**means, **learning, **measured, **_matching(run), "skipped": run.skipped.total}
+    run.log.write("step", run.place.step, run.place.epoch, values)
     return f"loss {means.get('loss', float('nan')):.3f}, {rates_text(measured)}"
+
+
+def _matching(run: Run) -> dict[str, float]:
+    """How this process's latest batch was matched: see MatchingDiagnostics. Waits for the device."""
+    diagnostics = run.criterion.diagnostics()
+    if diagnostics is None:
+        return {}
+    found = diagnostics.as_dict()
+    for image, terms in found["forbidden"].items():
+        counted = ", ".join(f"{count} by their {term} cost" for term, count in terms.items())
+        run.log.say(f"step {run.place.step}: pairs of image {image} of the batch that cannot match: {counted}")
+    changed = found["changed"]
+    return {
+        "matching_changed": sum(changed) / len(changed) if changed else 0.0,
+        "matching_dropped": found["dropped"],
+        **{f"matching_cost_{term}": layers[-1] for term, layers in found["cost"].items()},
+    }
 
 
 def report_skipped(run: Run, recent: dict[int, tuple[int, ...]]) -> None:

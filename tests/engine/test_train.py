@@ -317,6 +317,18 @@ def test_a_continued_run_does_not_overwrite_another_one(straight: Path, settings
     assert load_checkpoint(other / "last.pth")["place"]["epoch"] == 1
 
 
+def test_the_log_tells_how_batches_were_matched(straight: Path) -> None:
+    steps = [
+        entry for entry in map(json.loads, (straight / "log.jsonl").read_text().splitlines()) if entry["kind"] == "step"
+    ]
+    for entry in steps:
+        assert 0 <= entry["matching_changed"] <= 1
+        assert entry["matching_dropped"] >= 0
+        assert entry["matching_cost_bbox"] > 0
+        assert -2 <= entry["matching_cost_giou"] <= 2
+    assert len({entry["matching_cost_class"] for entry in steps}) > 1
+
+
 def test_a_new_run_does_not_continue_the_log_of_a_dead_one(straight: Path, settings: Settings) -> None:
     folder = Path(settings("run").train.output)
     folder.mkdir()
