@@ -1,7 +1,7 @@
 """The command line: ``detr-fast`` or ``python -m detr_fast``.
 
-Exit codes: 0 done, 1 done but a check failed (``demo``, ``check-data``), 2 an error of the user or the data, 128 + the
-signal's number when a signal ended a training run after it was saved (143 SIGTERM, 130 Ctrl-C).
+Exit codes: 0 done, 1 done but a check failed (``demo``, ``check-data``, ``doctor``), 2 an error of the user or the
+data, 128 + the signal's number when a signal ended a training run after it was saved (143 SIGTERM, 130 Ctrl-C).
 """
 
 from __future__ import annotations
@@ -105,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", metavar="RUN", type=Path, help="folder of a run that was evaluated")
     report.add_argument("--data", metavar="DATA", help="where the data set lies now, if it was moved")
     report.add_argument("--output", metavar="FILE", type=Path, help="default: RUN/report.html")
+    doctor = command(
+        "doctor",
+        _doctor,
+        "Tries everything on this machine: installation, native kernels, code bases before and after (half a minute).",
+        "examples:\n  detr-fast doctor\n  detr-fast doctor --quick --json doctor.json\n"
+        "exit code 1 if the native library cannot be used or something computes other numbers than it must",
+    )
+    doctor.add_argument("--quick", action="store_true", help="do not time the code bases")
+    doctor.add_argument("--json", metavar="FILE", type=Path, help="also write everything to a file")
     command("version", _version, "Prints the version.", "example:\n  detr-fast version")
     return parser
 
@@ -186,6 +195,7 @@ def _add_shard(command: Any) -> None:
     shard.add_argument("path", metavar="DATA", help="a COCO-format data set, folder or URL")
     shard.add_argument("output", metavar="OUTPUT", help="folder or URL to write to")
     shard.add_argument("--split", help="default: every split")
+    shard.add_argument("--name", help="what to call the split in OUTPUT; default: as it is called in DATA")
     shard.add_argument("--images-per-shard", metavar="COUNT", type=int, default=1000, help="default: 1000")
     shard.add_argument("--skip-faults", action="store_true", help="leave out what cannot be used instead of stopping")
 
@@ -347,14 +357,24 @@ def _check_data(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def _shard(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.data.layouts import find_split, find_splits
-    from detr_fast.data.shard_writer import write_shards
+    from detr_fast.data.shard_writer import SPLIT_NAME, check_arguments, write_shards
 
     _accept_settings("shard", overrides)
     if arguments.images_per_shard < 1:
         raise ConfigError(f"--images-per-shard must be at least 1, got {arguments.images_per_shard}")
     split = arguments.split
+    if arguments.name and not split:
+        raise ConfigError("--name goes with --split, which says whose name it is")
     found = {split: find_split(arguments.path, split)} if split else find_splits(arguments.path)
-    for name, paths in found.items():
+    named = {arguments.name or name: paths for name, paths in found.items()}
+    for name, paths in named.items():
+        if not SPLIT_NAME.fullmatch(name):
+            raise ConfigError(
+                f"split {name!r}: shards can only be called with letters, digits, '_' and '-'; give it another name: "
+                f"--split {split or name!r} --name NAME"
+            )
+        check_arguments(paths, arguments.output, name)
+    for name, paths in named.items():
         written = write_shards(
             paths,
             arguments.output,
@@ -391,6 +411,15 @@ def _report(arguments: argparse.Namespace, overrides: Overrides) -> int:
     path = arguments.output or arguments.folder / "report.html"
     print(write_report(arguments.folder, path, arguments.data))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from detr_fast.doctor import doctor
+
+    _accept_settings("doctor", overrides)
+    if arguments.json is not None and not arguments.json.parent.is_dir():  # known before everything is tried
+        raise ConfigError(f"--json must be in a folder that exists, got {arguments.json}")
+    return doctor(arguments.quick, arguments.json)
 
 
 def _version(arguments: argparse.Namespace, overrides: Overrides) -> int:
