@@ -1,6 +1,7 @@
 """Assignment: many cost matrices at once against loops over SciPy and lapx, and single ones through NumPy.
 
-On CUDA also the case that torch-linear-assignment publishes, against it where it is installed.
+Also against torch-linear-assignment where that is installed, which on the CPU is a loop over SciPy; on CUDA also in the
+case that it publishes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def batch(cost: Tensor, kind: str, options: Options, bars: tuple[Bar, ...] = BAR
     by_target = cost.numpy()  # [N, T, Q]
     by_query = [np.ascontiguousarray(matrix.T) for matrix in by_target]  # [Q, T], as DETR's matchers make it
     providers: dict[str, Callable[[], object]] = with_graph(lambda: assign(flat, offsets, targets), options.device)
-    if options.device.type == "cuda" and importlib.util.find_spec("torch_linear_assignment"):
+    if importlib.util.find_spec("torch_linear_assignment"):
         from torch_linear_assignment import batch_linear_assignment
 
         providers["torch-linear-assignment"] = lambda: batch_linear_assignment(on_device)

@@ -53,6 +53,7 @@ main() {
   $PYTHON -c "import transformers" 2> /dev/null && step train-step 110 $PYTHON -m benchmarks.run train_step --device cuda --output "$CSV"
   step input-pipeline 50 $PYTHON -m benchmarks.run input_pipeline --device cuda --output "$CSV"
   step criterion 40 $PYTHON -m benchmarks.run criterion --device cuda --output "$CSV"
+  $PYTHON -c "import transformers" 2> /dev/null && step adapters 100 $PYTHON -m benchmarks.run adapters --device cuda --only "(transformers|groups) (4|16)x" --output "$CSV"
   step matching 50 $PYTHON -m benchmarks.run matching --device cuda --output "$CSV"
   step assignment 60 $PYTHON -m benchmarks.run assignment --device cuda --output "$CSV"
   step sanitizer 70 $PYTHON -m pytest -m gpu tests/gpu -k sanitizer

@@ -23,7 +23,10 @@ from benchmarks import machine, ptx, results, sass
 from benchmarks.harness import OURS, Benchmark, LocalSampler, Options, Sampler, Smaller, Timing, measure
 from benchmarks.other_revision import OtherRevision
 
-TIMED = ("assignment", "matching", "criterion", "attention", "transformer", "model", "train_step", "input_pipeline")
+TIMED = (
+    *("assignment", "matching", "criterion", "adapters"),
+    *("attention", "transformer", "model", "train_step", "input_pipeline"),
+)
 SUITES = (*TIMED, "ptx", "triton")
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,20 @@ import torch
 
 pytest.importorskip("lap", reason="needs the extra 'bench'")
 pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
+pytest.importorskip("transformers", reason="needs the extra 'bench'")
 
-from benchmarks import attention, criterion, data_parallel, plot, tables, train_step, transformer
+from benchmarks import (
+    adapters_matching,
+    adapters_repositories,
+    adapters_transformers,
+    attention,
+    criterion,
+    data_parallel,
+    plot,
+    tables,
+    train_step,
+    transformer,
+)
 from benchmarks.assignment import batch, require_optimal
 from benchmarks.harness import (
     Benchmark,
@@ -31,6 +46,7 @@ from benchmarks.machine import peak_memory, slug
 from benchmarks.results import Row, append, latest, read
 from benchmarks.run import main
 from benchmarks.scenes import KINDS, coco_like_counts, costs, scene, training_sizes
+from detr_fast.engine.profile import PARTS, Part, table
 
 ROW = Row(
     "matcher", "detr_fast", "images x queries", "2x100", 1234.5, 1000.0, 2000.0, None, "A, b", "2", "", "c", "2026"
@@ -70,6 +86,71 @@ def test_wrong_losses_and_gradients_are_found() -> None:
         changed[place] = changed[place] * 1.001
         with pytest.raises(DisagreementError, match=r"loss|gradient of"):
             case.check("detr_fast", changed)
+
+
+FEW = (3, 2)
+ADAPTED: dict[str, Callable[[Options], Benchmark]] = {
+    **{
+        name: partial(adapters_transformers.of_model, name, FEW, 26 if "LW" in name else 12)
+        for name in filter(adapters_transformers.is_installed, adapters_transformers.MODELS)
+    },
+    "Deformable-DETR": partial(adapters_repositories.deformable_detr_loss, FEW, 12),
+    "DINO": partial(adapters_repositories.dino_loss, FEW, 12),
+    "detrex": partial(adapters_repositories.detrex_loss, FEW, 12),
+    "RT-DETRv2": partial(adapters_repositories.rtdetr_loss, FEW, 12),
+    "D-FINE of the authors": partial(adapters_repositories.dfine_loss, FEW, 12),
+    "RF-DETR": partial(adapters_repositories.rfdetr_loss, FEW, 4),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_code_bases_and_their_adapters_agree_before_they_are_timed(name: str) -> None:
+    case = ADAPTED[name](Options(quick=True))
+    assert {"detr_fast", "transformers"} <= case.providers.keys() or "definition" in case.providers
+    for provider, run in case.providers.items():
+        result: Any = run()
+        case.check(provider, result)
+    for place in range(len(result)):
+        changed = list(result)
+        changed[place] = changed[place] * 1.0001
+        with pytest.raises(DisagreementError, match=r"total|gradient of"):
+            case.check(provider, changed)
+
+
+def test_bins_of_all_edges_are_those_of_the_definition() -> None:
+    definition = adapters_repositories.definition("dfine")
+    generator = torch.Generator().manual_seed(0)
+    points, boxes = torch.rand(2, 200, 4, generator=generator)
+    boxes = definition.corners(boxes * 4 - 1.5, True)  # also outside of all bins
+    expected = definition.bins_of(points, boxes, 32, 4.0, torch.tensor([0.5]))
+    values = definition.weighting(32, torch.tensor([0.5]), 4.0)
+    found = adapters_repositories.bins_of(points, boxes, values, 4.0)
+    assert {0, 31} < set(expected[0].flatten().tolist())
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_matchings_of_code_bases_are_found() -> None:
+    options = Options(quick=True)
+    groups = adapters_matching.rfdetr_groups(FEW, options)
+    for provider, run in groups.providers.items():
+        pairs: Any = run()
+        groups.check(provider, pairs)
+    queries, own = pairs[0]
+    taken = queries.tolist()
+    queries[0] = next(query for query in range(adapters_matching.GROUP) if query not in taken)
+    with pytest.raises(DisagreementError, match="above the optimum"):
+        groups.check(provider, [(queries, own), pairs[1]])
+    assigner = adapters_matching.mmdetection_assigner(FEW, 12, options)
+    for provider, run in assigner.providers.items():
+        found: Any = run()
+        assigner.check(provider, found)
+    found[1][0] = found[1][0].roll(1)
+    with pytest.raises(DisagreementError, match="above the optimum"):
+        assigner.check(provider, found)
+    for solver in (adapters_matching.batch_solver(3, 12, 5, options), adapters_matching.single_solver(12, 5)):
+        for provider, run in solver.providers.items():
+            solver.check(provider, run())
 
 
 def test_wrong_attention_is_found() -> None:
@@ -118,6 +199,7 @@ def test_bars_name_providers() -> None:
     quick = Options(quick=True)
     cases = [*attention.benchmarks(quick), *transformer.benchmarks(quick), *train_step.benchmarks(quick)]
     cases += train_step.on_device(quick)
+    cases += adapters_transformers.benchmarks(quick)
     for case in cases:
         for bar in case.bars:
             assert getattr(bar, "than", bar.ours) in case.providers
@@ -194,13 +276,51 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "criterion.svg").exists()
 
 
+def test_the_overview_says_how_many_times_as_fast_a_loss_is(tmp_path: Path) -> None:
+    ours = replace(ROW, case="loss and gradient, DETR of transformers", value="4x100x7", median_us=1000.0)
+    ours = replace(ours, p20_us=900.0, p80_us=9e6)
+    theirs = replace(ours, provider="transformers", median_us=14200.0)
+    bigger = [replace(row, value="16x300x9", median_us=9e5) for row in (ours, theirs)]
+    other = [replace(row, case="loss and gradient, DINO") for row in (ours, theirs)]
+    other[1] = replace(other[1], provider="definition", median_us=5000.0)
+    append([ours, theirs, *bigger, *other], tmp_path / "machine.csv")
+    plot.main([str(tmp_path), "--results", str(tmp_path / "machine.csv"), "--format", "png"])
+    assert {"overview.png", "adapters.png"} <= {path.name for path in tmp_path.iterdir()}
+    figure = plot.overview(latest(read([tmp_path / "machine.csv"])))
+    assert figure is not None
+    texts = [text.get_text().strip() for text in figure.axes[0].texts]
+    assert texts[:2] == ["5.0x   5 ms to 1 ms", "14.2x   14.2 ms to 1 ms"]
+
+
+def test_parts_of_a_step_are_those_of_the_profile(tmp_path: Path) -> None:
+    parts = {name: Part(host_us=1000.0 * (place + 1)) for place, name in enumerate(PARTS)}
+    parts["forward"] = Part(host_us=9000.0)
+    file = tmp_path / "table.txt"
+    file.write_text(table(parts, 2))
+    times, whose = plot.parts_of_table(file.read_text())
+    assert (times["loss"], times["rest of forward"], whose) == (2.5, 4.5 - 1.5 - 2.0, "host")
+    plot.main([str(tmp_path), "--results", str(_rows_of_nothing(tmp_path)), "--profile", f"a={file}", f"b={file}"])
+    assert (tmp_path / "step.svg").exists()
+    with pytest.raises(ValueError, match="must have the parts backbone"):
+        plot.parts_of_table("data 1.0 2.0 ")
+
+
+def _rows_of_nothing(folder: Path) -> Path:
+    append([], folder / "empty.csv")
+    return folder / "empty.csv"
+
+
 def test_a_quick_run_prints_and_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     output = tmp_path / "rows.csv"
     main(["assignment", "--quick", "--only", "(assign.*trained|numpy.*mid.*float64) 100x20", "--output", str(output)])
     torch.set_num_threads(threads)
     rows = read([output])
-    assert [row.provider for row in rows] == ["detr_fast", "scipy", "lapjvr", "lapjvr_batch", "detr_fast", "scipy"]
+    others = ["torch-linear-assignment"] if find_spec("torch_linear_assignment") else []
+    assert [row.provider for row in rows] == [
+        *("detr_fast", *others, "scipy", "lapjvr", "lapjvr_batch"),
+        *("detr_fast", "scipy"),
+    ]
     assert all(0 < row.p20_us <= row.median_us <= row.p80_us for row in rows)
     assert re.search(r"detr_fast +[\d.e+]+ +[\d.e+]+ +[\d.e+]+ +1x", capsys.readouterr().out)
 
