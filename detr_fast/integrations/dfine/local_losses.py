@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from detr_fast.boxes import box_cxcywh_to_xyxy, paired_giou
-from detr_fast.integrations.dfine.localisation import Balance, Bins, Pairs, Teacher, bins_of, edge_losses
 from detr_fast.integrations.dfine.matcher import sized
+from detr_fast.integrations.edge_distributions import (
+    Bins,
+    Pairs,
+    Teacher,
+    balance_of,
+    bins_of,
+    edge_losses,
+    rows_of_pairs,
+)
 from detr_fast.integrations.rtdetr.stacks import Layer, PairedBoxes
 
 LOCAL = ("loss_fgl", "loss_ddf")
@@ -41,7 +49,7 @@ class Local:
 
     fine_grained: Column = field(default_factory=Column)
     distilled: Column = field(default_factory=Column)
-    balance: Balance | None = None
+    balance: Tensor | None = None  # [1]
 
     @classmethod
     def of(
@@ -50,7 +58,7 @@ class Local:
         pairs: PairedBoxes,
         num_boxes: Tensor,
         options: LocalOptions,
-        balance: Balance | None = None,
+        balance: Tensor | None = None,  # [1]; None: each set's own
     ) -> Local:
         """Of sets in the order of `pairs`; those without ``pred_corners`` have no local loss."""
         at = [index for index, (_, layer) in enumerate(layers) if "pred_corners" in layer]
@@ -66,15 +74,15 @@ class Local:
         slot, is_pair = pairs.slot[kept], pairs.is_pair[kept]
         bins = _bins(points, pairs.goals, slot, is_pair, options)
         own = Pairs(slot, is_pair, _ious(pairs, at), bins)
-        counted = Balance.of(is_pair.sum(1), images, queries)
         teacher = None
         if students:
             teacher = Teacher(
                 _common([layer["teacher_corners"].detach() for layer in chosen[-students:]]),
                 _common([layer["teacher_logits"].detach() for layer in chosen[-students:]]),
+                len(chosen) - students,
+                students,
             )
-        used = Balance(*(part[-students:] for part in counted)) if balance is None else balance
-        fine_grained, distilled = edge_losses(corners, own, num_boxes, teacher, used, students)
+        fine_grained, distilled = edge_losses(corners, own, num_boxes, teacher, balance)
 
         themselves = [suffix for suffix, layer in zip(suffixes, chosen, strict=True) if "teacher_corners" in layer]
         themselves = themselves[: len(themselves) - students]
@@ -82,7 +90,7 @@ class Local:
         return cls(
             Column(list(suffixes), [fine_grained]),
             Column([*themselves, *suffixes[len(suffixes) - students :]], [zeros, distilled]),
-            Balance(counted.matched[-1:], counted.others[-1:]),
+            balance_of(is_pair[-1:], images * queries),
         )
 
     def joined(self, other: Local) -> Local:
@@ -93,13 +101,8 @@ class Local:
 
 
 def _compacted(pairs: PairedBoxes, most: int) -> PairedBoxes:
-    """At most that many rows, with all pairs among them; the sets have the same ones, of different queries.
-
-    Saves a fifth of the step with 100 targets an image, where most rows of the union are empty.
-    """
-    if len(pairs.goals) <= most:
-        return pairs
-    rows = (~pairs.is_pair[0]).to(torch.uint8).argsort(stable=True)[:most]
+    """At most that many rows, with all pairs among them; the sets have the same ones, of different queries."""
+    rows = rows_of_pairs(pairs.is_pair[:1], most)
     return PairedBoxes(pairs.boxes[:, rows], pairs.goals[rows], pairs.is_pair[:, rows], pairs.slot[:, rows])
 
 

@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from detr_fast.boxes import box_cxcywh_to_xyxy, paired_giou
+from detr_fast.integrations.edge_distributions import Pairs, Teacher, bins_of, edge_losses, rows_at, rows_of_pairs
+from detr_fast.integrations.rtdetr.stacks import slots_of
 from detr_fast.integrations.transformers.detr import Labels, Result
-from detr_fast.integrations.transformers.distributions import (
-    Bins,
-    distillation_loss,
-    fine_grained_loss,
-    pairs_of,
-)
 from detr_fast.integrations.transformers.rt_detr import (
     LayerSets,
     Outputs,
@@ -66,6 +64,7 @@ class Judged(NamedTuple):
     part: Part
     classes: Matched  # each layer's own matching
     boxes: Matched  # DEIMv2: the union of all matchings
+    are_shared: bool  # all layers have the same pairs of boxes
 
 
 def fine_grained_object_detection(settings: Settings, *arguments: Any, **options: Any) -> Result:
@@ -150,10 +149,11 @@ def _judged_sets(
     if name == "loss_mal" and config.use_dense_one_to_one:
         counts = [len(x["class_labels"]) for x in labels]
         unions = _united(settings, matched, sets.matched[0].logits.shape[2], counts)
-    judged = [Judged(*one) for one in zip(sets.matched, matched, unions, strict=True)]
+    is_union = unions is not matched
+    judged = [Judged(*one, is_union) for one in zip(sets.matched, matched, unions, strict=True)]
     if meta is not None and sets.denoising is not None:
         known = Matched(*denoising_pairs(sets.denoising, meta, targets, labels, count))
-        judged.append(Judged(sets.denoising, known, known))
+        judged.append(Judged(sets.denoising, known, known, True))
     return judged
 
 
@@ -214,24 +214,40 @@ def _with_edges(judged: Sequence[Judged], sets: LayerSets, edges: Sequence[Edges
     if sets.layers is None:
         return []
     layers = min(len(edges[0].corners), len(sets.layers[0])) - 1
-    part, boxes = judged[0].part, judged[0].boxes
+    part, _, boxes, are_shared = judged[0]
     part = Part(part.logits[:layers], part.boxes[:layers], part.suffixes[:layers])
     boxes = boxes._replace(query_of_target=boxes.query_of_target[:layers])
-    return [Judged(part, boxes, boxes), judged[-1]]
+    return [Judged(part, boxes, boxes, are_shared), judged[-1]]
 
 
 def _edge_losses(judged: Judged, edges: Edges, config: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    part, matched = judged.part, judged.boxes
-    bins = Bins(config.max_num_bins, float(config.up), float(config.reg_scale))
-    layers = len(part.suffixes)
-    targets = matched.targets
-    pairs = pairs_of(part.boxes, matched.query_of_target, targets.boxes, targets.offsets)
-    num_boxes = at_least_one(matched.num_boxes, targets.offsets)
-    fine = fine_grained_loss(edges.corners[:layers], edges.points[:layers], pairs, bins, num_boxes)
-    distilled = distillation_loss(edges.corners[:layers], edges.corners[-1], edges.teacher_logits, pairs, bins)
+    """The last layer is the teacher of the others; where it is among the sets itself, its distillation is 0."""
+    matched, suffixes = judged.boxes, judged.part.suffixes
+    layers = len(suffixes)
+    corners = edges.corners if layers == len(edges.corners) else edges.corners[:layers]  # a slice's gradient is a copy
+    students = min(layers, len(edges.corners) - 1)
+    teacher = Teacher(edges.corners[-1:].detach(), edges.teacher_logits[None].detach(), 0, students)
+    num_boxes = at_least_one(matched.num_boxes, matched.targets.offsets)
+    fine, distilled = edge_losses(corners, _pairs_of(judged, edges.points[:layers], config), num_boxes, teacher)
     weights = constant((config.weight_loss_fgl, config.weight_loss_ddf), fine.device)
-    values = torch.stack([fine, distilled], 1) * weights
-    return values.sum(), named(values, part.suffixes, _EDGE_ENTRIES)
+    values = torch.stack([fine, F.pad(distilled, (0, layers - students))], 1) * weights
+    return values.sum(), named(values, suffixes, _EDGE_ENTRIES)
+
+
+@torch.no_grad()
+def _pairs_of(judged: Judged, points: Tensor, config: Any) -> Pairs:  # points [N, B, Q, 4]
+    boxes, matched = judged.part.boxes, judged.boxes
+    query_of_target = matched.query_of_target[:1] if judged.are_shared else matched.query_of_target
+    _, images, queries, _ = boxes.shape
+    slot, is_pair = slots_of(query_of_target, matched.targets.offsets, queries)
+    goals = matched.targets.boxes
+    if judged.are_shared and len(slot):
+        rows = rows_of_pairs(is_pair, images * queries)
+        slot, is_pair, goals = slot[:, rows], is_pair[:, rows], goals[rows]
+    own = box_cxcywh_to_xyxy(rows_at(boxes, slot).float())
+    iou, _, _ = paired_giou(own, box_cxcywh_to_xyxy(goals))
+    bins = bins_of(rows_at(points, slot), goals, config.max_num_bins, float(config.reg_scale), float(config.up))
+    return Pairs(slot, is_pair, iou, bins)
 
 
 def _auxiliary_outputs(outputs: Outputs, sets: LayerSets, edges: Sequence[Edges]) -> list[dict[str, Tensor]] | None:
