@@ -50,6 +50,7 @@ class CapturedCriterion:
         else:
             self._compute()
         # What the graph reads and writes; it must neither be freed nor be replaced.
+        self._matched = criterion.latest
         self._options = criterion.options()
         self._buffers = dict(criterion.named_buffers())
 
@@ -108,6 +109,7 @@ class CapturedCriterion:
             self._compute()
         else:
             self._graph.replay()
+            self._criterion.latest = self._matched
         self._calls += 1
         return self._total.detach().clone(), self._calls
 

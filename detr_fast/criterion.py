@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from detr_fast.captured import CapturedCriterion
 from detr_fast.diagnostics import MatchingDiagnostics, diagnose
@@ -103,6 +105,9 @@ class SetCriterion(nn.Module):
         self._weight_tensors: dict[tuple[Any, ...], Tensor] = {}
         self.latest: _Matched | None = None  # the batch that diagnostics() is about, detached
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"latest": None}  # a copy or a file needs no batch
+
     def forward(
         self,
         outputs: Predictions | Mapping[str, Any],
@@ -196,7 +201,8 @@ class SetCriterion(nn.Module):
         matcher = self.matcher
         costs = [getattr(matcher, f"cost_{name}", None) for name in ("class", "bbox", "giou")]
         kinds = [(part.kind, part.alpha, part.gamma, part.dialect) for part in (self, matcher) if hasattr(part, "kind")]
-        return dict(self.weight_dict), tuple(self.losses), *costs, *kinds
+        invalid = getattr(matcher, "invalid", None)
+        return dict(self.weight_dict), tuple(self.losses), *costs, *kinds, invalid
 
     def normalisers(self, targets: Targets, num_queries: int) -> Tensor:
         """What the losses of a batch are divided by, ``[2]`` float32 on its device: targets, weights of all classes.
@@ -234,7 +240,9 @@ class SetCriterion(nn.Module):
         query_of_target = self._match(predictions, packed, outputs, targets)
         if not torch.compiler.is_compiling():
             detached = Predictions(predictions.logits.detach(), predictions.boxes.detach())
-            self.latest = _Matched(detached, packed, query_of_target, None)
+            self.latest = _Matched(detached, replace(packed, masks=None), query_of_target, None)
+        else:
+            self.latest = None
         return _Matched(predictions, packed, query_of_target, mean_box_count(packed.offsets) if reduces else None)
 
     def _loss_options(self, num_boxes: Tensor | None) -> tuple[Any, ...]:
@@ -318,7 +326,10 @@ class SetCriterion(nn.Module):
             return torch.tensor(weights, dtype=dtype, device=device)
         with torch.inference_mode(False):  # the tensor is kept for steps that do differentiate
             # Waits once, so that any stream may use it. A Parameter, because torch.compile takes its shape as fixed.
-            tensor = nn.Parameter(torch.tensor(weights, dtype=dtype).to(device), requires_grad=False)
+            values = torch.tensor(weights, dtype=dtype).to(device)
+            tensor = nn.Parameter(values, requires_grad=False)
+        if isinstance(values, FakeTensor):  # of somebody who only wants to know shapes
+            return tensor
         # Graphs may read it, so it is kept; but weights of a schedule must not pile up for ever.
         latest = list(self._weight_tensors.items())[1 - _MOST_WEIGHTS :]
         self._weight_tensors = {**dict(latest), key: tensor}
@@ -327,7 +338,7 @@ class SetCriterion(nn.Module):
     def diagnostics(self) -> MatchingDiagnostics | None:
         """How the latest batch was matched, computed now from what the criterion keeps of it; waits for no device.
 
-        None before the first batch, in compiled code, or with a matcher of another class.
+        None before the first batch, after compiled code, or with a matcher of another class.
         """
         if self.latest is None or not isinstance(self.matcher, HungarianMatcher):
             return None

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from detr_fast.ops.assignment import COST_LIMIT, assign
+from detr_fast.ops.assignment import assign, cost_limit
 from detr_fast.ops.dialect import DETR, Dialect
 from detr_fast.ops.matching import match
 from detr_fast.ops.matching_cost import ClassKind, ForbiddenPairs, matching_cost
@@ -41,7 +42,8 @@ class HungarianMatcher(nn.Module):
             CPU, where looking costs nothing, and "skip" on other devices. The others match what several code bases do,
             and report: "last" takes such pairs when there are no others (Hugging Face transformers); "above_largest"
             gives them the layer's largest cost, plus its largest magnitude, plus 1 (RF-DETR); "as_one" makes NaN the
-            cost 1, which may well be the least there is, and infinity a very large one (D-FINE, DEIM).
+            cost 1, which may well be the least there is, and infinity a very large one (D-FINE, DEIM). A target whose
+            label is out of range is not matched under any of them.
         dialect: epsilons of the cost.
 
     Raises:
@@ -71,9 +73,10 @@ class HungarianMatcher(nn.Module):
             raise ValueError(f"HungarianMatcher: invalid must be one of {known} or None, got {invalid!r}")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.kind, self.alpha, self.gamma, self.invalid, self.dialect = kind, alpha, gamma, invalid, dialect
-        self._status: Tensor
-        self.register_buffer("_status", ForbiddenPairs.new_status(), persistent=False)
-        self._group_statuses: dict[int, Tensor] = {}  # of match_groups, by the number of groups
+        # Counts of pairs by device, groups and queries of a group. No buffers: DistributedDataParallel would give all
+        # ranks those of the first.
+        self._statuses: dict[tuple[torch.device, int, int], Tensor] = {}
+        self._status_on(torch.device("cpu"))
 
     @overload
     def forward(self, outputs: Predictions, targets: Targets) -> Tensor: ...
@@ -99,8 +102,8 @@ class HungarianMatcher(nn.Module):
         num_labels, trust = self.num_labels(predictions.logits.shape[-1]), self._raises(predictions.logits)
         packed = Targets.pack(targets, num_labels, check_values=not trust)  # type: ignore[arg-type]
         packed = packed.to(predictions.logits.device)
-        status = self._status_on(predictions.logits.device)
-        found = self._checked(self._match(predictions, packed, status), predictions, packed)
+        found = self._match(predictions, packed, self._status_on(predictions.logits.device))
+        found = self._checked(found, predictions, packed)
         return pairs_of(found[0], packed.offsets)
 
     def num_labels(self, classes: int) -> int:
@@ -112,7 +115,8 @@ class HungarianMatcher(nn.Module):
         """Matches all targets with each of `groups` groups of queries; group g has queries g Q/groups and following.
 
         Returns query_of_target ``[L, groups * T]`` int32, queries in ``[0, Q)``, and the targets that its rows belong
-        to: those of each image `groups` times over, group by group. One call of the op, as for one group.
+        to: those of each image `groups` times over, group by group. One call of the op, as for one group. Call it once
+        before it is captured in a CUDA graph: the first call makes the tensor that counts pairs for :meth:`report`.
 
         Source: Chen et al., "Group DETR", ICCV 2023.
         """
@@ -120,20 +124,34 @@ class HungarianMatcher(nn.Module):
             return self(predictions, targets), targets
         repeated = targets.repeated(groups)
         grouped = predictions.grouped(groups)
-        device = predictions.logits.device
-        if groups not in self._group_statuses or self._group_statuses[groups].device != device:
-            self._group_statuses[groups] = ForbiddenPairs.new_status(device)
-        found = self._match(grouped, repeated, self._group_statuses[groups])
-        self._checked(found, predictions, targets)
+        width = grouped.logits.shape[2]
+        found = self._match(grouped, repeated, self._status_on(predictions.logits.device, groups, width))
+        found = self._checked(found, predictions, targets)
         rows = torch.arange(found.shape[1], device=found.device)
         group = (torch.searchsorted(repeated.offsets, rows, right=True) - 1) % groups
-        found = torch.where(found >= 0, found + (group * grouped.logits.shape[2]).to(torch.int32), found)
-        return found, replace(repeated, offsets=repeated.offsets[::groups], max_count=groups * targets.max_count)
+        found = torch.where(found >= 0, found + (group * width).to(torch.int32), found)
+        offsets = repeated.offsets[::groups].contiguous()
+        return found, replace(repeated, offsets=offsets, max_count=groups * targets.max_count)
 
-    def _status_on(self, device: torch.device) -> Tensor:
-        if self._status.device != device:
-            self._status = self._status.to(device)
-        return self._status
+    def statuses(self) -> list[Tensor]:
+        """The tensors that count pairs for :meth:`report`, of every device; they are never replaced."""
+        return list(self._statuses.values())
+
+    def _status_on(self, device: torch.device, groups: int = 1, width: int = 0) -> Tensor:
+        key = (device, groups, width)
+        if key not in self._statuses:
+            with torch.inference_mode(False):  # it is written to by steps that do differentiate, too
+                status = ForbiddenPairs.new_status(device)
+            if isinstance(status, FakeTensor):  # of somebody who only wants to know shapes
+                return status
+            self._statuses = {**self._statuses, key: status}  # at once: replicas call from several threads
+        return self._statuses[key]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HungarianMatcher:
+        """Makes the status of a new device when the module moves there: compiled code and CUDA graphs cannot."""
+        moved = super()._apply(fn, recurse)
+        self._status_on(fn(torch.empty(0)).device)
+        return moved
 
     def _match(self, predictions: Predictions, targets: Targets, status: Tensor) -> Tensor:
         arguments = (predictions.logits, predictions.boxes, targets.labels, targets.boxes, targets.offsets)
@@ -143,16 +161,16 @@ class HungarianMatcher(nn.Module):
         options |= {"status": status, "max_count": most}
         if self.invalid in (None, "raise", "skip"):
             return match(*arguments, *costs, **options)
-        if (
-            status.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # looking costs nothing: mostly all is well
+        if status.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Looking costs nothing here, and mostly there is nothing to replace.
             known = int(status[0])
             found = match(*arguments, *costs, **options)
             if int(status[0]) == known:
                 return found
             del options["status"]
-        cost = matching_cost(*arguments, *costs, **options)
-        return assign(replaced(cost, self.invalid, most), targets.offsets, most)
+        cost = replaced(matching_cost(*arguments, *costs, **options), self.invalid, most)
+        is_known = (targets.labels >= 0) & (targets.labels < self.num_labels(predictions.logits.shape[-1]))
+        return assign(cost.where(is_known[:, None], torch.nan), targets.offsets, most)
 
     def _checked(self, found: Tensor, predictions: Predictions, targets: Targets) -> Tensor:
         if self._raises(found):
@@ -171,13 +189,14 @@ class HungarianMatcher(nn.Module):
         Waits for the device.
         """
         first, count = None, 0
-        for groups, status in ((1, self._status), *self._group_statuses.items()):
+        for (_, groups, width), status in self._statuses.items():
             forbidden = ForbiddenPairs.read(status)
             if forbidden is None:
                 continue
             status.zero_()
             count += forbidden.count
-            first = first or replace(forbidden, image=forbidden.image // groups)
+            image, group = divmod(forbidden.image, groups)
+            first = first or replace(forbidden, image=image, query=forbidden.query + group * width)
         return None if first is None else replace(first, count=count)
 
     def extra_repr(self) -> str:
@@ -228,14 +247,15 @@ def replaced(cost: Tensor, policy: InvalidPolicy | None, max_count: int) -> Tens
     """Costs that the assignment would forbid, replaced as `policy` says."""
     if cost.numel() == 0:
         return cost
+    most = cost_limit(cost.dtype) / 2
     if policy == "as_one":
-        return cost.nan_to_num(nan=1.0).clamp(-COST_LIMIT / 2, COST_LIMIT / 2)
-    is_allowed = cost.abs() < COST_LIMIT
+        return cost.nan_to_num(nan=1.0).clamp(-most, most)
+    is_allowed = cost.abs() < 2 * most
     magnitude = cost.abs().where(is_allowed, 0).amax((1, 2), keepdim=True)
     if policy == "last":  # more than all allowed pairs of an image can cost
-        return cost.where(is_allowed, 2 * max(max_count, 1) * magnitude + 1)
+        return cost.where(is_allowed, (2 * max(max_count, 1) * magnitude + 1).clamp(max=most))
     largest = cost.where(is_allowed, -magnitude).amax((1, 2), keepdim=True)
-    return cost.where(is_allowed, largest + magnitude + 1)
+    return cost.where(is_allowed, (largest + magnitude + 1).clamp(max=most))
 
 
 def check_class_options(name: str, kind: str, kinds: Sequence[str], alpha: float, gamma: float) -> None:

@@ -189,7 +189,7 @@ class Targets:
         counts = [_check_shapes(target, index, names) for index, target in enumerate(targets)]
         if counts:
             labels = torch.cat([target["labels"] for target in targets]).to(torch.int64)
-            boxes = torch.cat([target["boxes"] for target in targets]).to(torch.float32)
+            boxes = torch.cat([target["boxes"] for target in targets]).to(torch.float32).reshape(-1, 4)
         else:
             labels, boxes = torch.empty(0, dtype=torch.int64), torch.empty(0, 4)
         masks = _masks_of(targets, counts, names)
@@ -206,6 +206,8 @@ class Targets:
 
         CPU only. The message names the image.
         """
+        if torch.compiler.is_compiling():  # which has no NumPy, and no errors that depend on values
+            return
         # A glance through NumPy costs a tenth of the operators below.
         labels, boxes = self.labels.numpy(), self.boxes.detach().numpy()
         known = num_classes is None or labels.max(initial=-1) < num_classes
@@ -366,6 +368,8 @@ def _check_shapes(target: Mapping[str, Tensor], index: int, names: Sequence[obje
         if key not in target:
             raise ValueError(f"targets of {where}: '{key}' is missing, got {sorted(target)}")
     labels, boxes = target["labels"], target["boxes"]
+    if labels.shape == (0,) and boxes.numel() == 0:  # torch.tensor([]), of any type
+        return 0
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"targets of {where}: labels must be [n] integers, got {list(labels.shape)} {labels.dtype}")
     if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():

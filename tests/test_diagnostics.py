@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -69,5 +71,6 @@ def test_a_criterion_tells_of_its_latest_batch() -> None:
         expected = diagnose(criterion.matcher, predictions, targets, criterion.matcher(predictions, targets))
         assert found.as_dict() == expected.as_dict()
     assert found.as_dict()["dropped"] == 2
+    assert copy.deepcopy(criterion).diagnostics() is None
     foreign = SetCriterion(7, torch.nn.Identity(), {"loss_ce": 1.0}, 0.1, ["labels"])
     assert foreign.diagnostics() is None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import scipy.optimize
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast import HungarianMatcher, Predictions, Targets
 from detr_fast.matcher import queries_of
@@ -210,9 +213,9 @@ def test_a_bad_pair_of_a_group_is_reported_with_its_image() -> None:
     matcher.match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 2)
     found = matcher.report()
     assert found is not None
-    assert (found.count, found.image, found.query) == (2, 1, 1)
+    assert (found.count, found.image, found.query) == (2, 1, 4)
     assert matcher.report() is None
-    with pytest.raises(ValueError, match="image 1"):
+    with pytest.raises(ValueError, match="image 1, target 0, query 4"):
         HungarianMatcher(1, 5, 2).match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 2)
 
 
@@ -222,3 +225,38 @@ def test_groups_must_divide_the_queries() -> None:
         HungarianMatcher().match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 4)
     with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
         Targets.pack(targets).repeated(0)
+
+
+@pytest.mark.parametrize("policy", ["last", "above_largest", "as_one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_policies_with_very_large_costs_and_unknown_labels(policy: str, dtype: torch.dtype) -> None:
+    outputs, targets = batch(counts=(6,), queries=9)
+    outputs = {name: value.to(dtype) for name, value in outputs.items()}
+    outputs["pred_logits"][0, 1:] = torch.nan
+    outputs["pred_boxes"][0, 0, 0] = 1e28
+    matcher = HungarianMatcher(1, 5, 2, invalid=policy)  # type: ignore[arg-type]
+    predictions, packed = Predictions.from_dict(outputs), Targets.pack(targets)
+    assert (matcher(predictions, packed) >= 0).all()
+    packed.labels[2] = 7  # "no object"
+    found = matcher(predictions, packed)[0]
+    assert found[2] == -1
+    assert (found[[0, 1, 3, 4, 5]] >= 0).all()
+
+
+def test_statuses_outlive_inference_mode_copies_and_fake_tensors() -> None:
+    outputs, targets = batch(counts=(2, 3))
+    outputs["pred_boxes"][1] = torch.nan
+    packed = Targets.pack(targets)
+    predictions = Predictions.from_dict(outputs)
+    with torch.inference_mode():
+        matcher = HungarianMatcher(1, 5, 2, invalid="skip")
+        matcher.match_groups(predictions, packed, 2)
+    matcher(predictions, packed)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        matcher(predictions, packed)
+    assert list(matcher.buffers()) == []  # DistributedDataParallel would give all ranks those of the first
+    found = copy.deepcopy(matcher).report()
+    assert found is not None
+    assert found.count == 60
+    assert matcher.report() == found
+    assert matcher.report() is None

@@ -155,3 +155,16 @@ def test_boxes_that_are_not_finite_name_their_image() -> None:
     targets = [{"labels": torch.zeros(2).long(), "boxes": box} for box in (torch.rand(2, 4), boxes)]
     with pytest.raises(ValueError, match=r"targets of image 1 of the batch, target 1: box must be .* finite, .* got"):
         Targets.pack(targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_empty_tensors_of_any_shape_are_no_targets(dtype: torch.dtype) -> None:
+    empty = {"labels": torch.tensor([], dtype=dtype), "boxes": torch.tensor([])}
+    full = {"labels": torch.tensor([3, 1]), "boxes": torch.full((2, 4), 0.5)}
+    packed = Targets.pack([empty, full, empty])
+    assert packed.labels.tolist() == [3, 1]
+    assert packed.labels.dtype == torch.int64
+    assert packed.offsets.tolist() == [0, 0, 2, 2]
+    alone = Targets.pack([empty])
+    assert alone.boxes.shape == (0, 4)
+    assert alone.labels.dtype == torch.int64

@@ -14,6 +14,7 @@ from torch import Tensor
 from detr_fast.data.batch import Batch
 from detr_fast.engine.step import StepResult, TrainingStep
 from detr_fast.layers.position import StaticImages
+from detr_fast.matcher import HungarianMatcher
 from detr_fast.structures import StaticTargets
 
 WARM_UPS = 3  # as torch.cuda.make_graphed_callables
@@ -110,7 +111,9 @@ class GraphedSteps:
     @contextmanager
     def _rehearsal(self) -> Iterator[None]:
         """Steps in here leave weights, statistics of norms, counts of pairs and random states as they were."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.step.criterion.buffers()]
+        criterion = self.step.criterion
+        counts = criterion.matcher.statuses() if isinstance(criterion.matcher, HungarianMatcher) else []
+        buffers = [(buffer, buffer.clone()) for buffer in (*criterion.buffers(), *counts)]
         restore_random = _random_states(self.step.rehearses.device)
         self.step.rehearses.fill_(1)
         try:

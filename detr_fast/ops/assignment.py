@@ -10,7 +10,10 @@ from torch import Tensor
 
 from detr_fast import _C  # noqa: F401  registers the ops
 
-COST_LIMIT = 2.0**100  # a float32 cost of this magnitude is a forbidden pair
+
+def cost_limit(dtype: torch.dtype) -> float:
+    """A cost of this magnitude is a forbidden pair; sums of smaller ones never overflow."""
+    return 2.0**1000 if dtype == torch.float64 else 2.0**100
 
 
 class Assignment(NamedTuple):
@@ -87,8 +90,7 @@ def assign_reference(cost: Tensor, offsets: Tensor) -> Tensor:
     for layer in range(cost.shape[0]):
         for start, end in itertools.pairwise(bounds):
             block = cost[layer, start:end].double().cpu()
-            limit = COST_LIMIT if cost.dtype == torch.float32 else 2.0**1000
-            block = torch.where(block.abs() < limit, block, torch.inf)
+            block = torch.where(block.abs() < cost_limit(cost.dtype), block, torch.inf)
             result[layer, start:end] = _solve(block)
     return result.to(cost.device)
 

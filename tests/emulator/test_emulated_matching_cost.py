@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.scenes import scene
 from detr_fast.ops import ForbiddenPairs
+from detr_fast.ops.dialect import DETR, Dialect
 from detr_fast.structures import Targets, offsets_of
 
 KINDS = ["softmax", "focal", "focal_stable"]
@@ -18,17 +19,19 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 WEIGHTS = (1.0, 5.0, 2.0)
 
 
-def run(library: str, op: str, *inputs: Tensor, kind: str = "softmax", max_count: int = -1) -> tuple[Tensor, Tensor]:
+def run(
+    library: str, op: str, *inputs: Tensor, kind: str = "softmax", max_count: int = -1, dialect: Dialect = DETR
+) -> tuple[Tensor, Tensor]:
     status = ForbiddenPairs.new_status()
     function = getattr(getattr(torch.ops, library), op).default
-    return function(*inputs, status, max_count, *WEIGHTS, kind, 0.25, 2.0), status
+    return function(*inputs, status, max_count, *WEIGHTS, kind, 0.25, 2.0, *dialect), status
 
 
-def assert_same(*inputs: Tensor, kind: str = "softmax", max_count: int = -1) -> None:
+def assert_same(*inputs: Tensor, kind: str = "softmax", max_count: int = -1, dialect: Dialect = DETR) -> None:
     """Cost, assignment and status are those of the CPU, NaN where it has NaN."""
     for op in ("matching_cost", "match"):
-        ours, our_status = run("detr_fast_emulated", op, *inputs, kind=kind, max_count=max_count)
-        theirs, their_status = run("detr_fast", op, *inputs, kind=kind)
+        ours, our_status = run("detr_fast_emulated", op, *inputs, kind=kind, max_count=max_count, dialect=dialect)
+        theirs, their_status = run("detr_fast", op, *inputs, kind=kind, dialect=dialect)
         assert torch.equal(our_status, their_status)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -121,3 +124,11 @@ def test_offsets_that_are_none_harm_nothing(emulator: ModuleType) -> None:
     for offsets in ([0, 4, 10**9], [0, 8, 2], [-7, 4, 8]):
         inputs = (logits, boxes, labels, target_boxes, torch.tensor(offsets, dtype=torch.int32))
         assert (run("detr_fast_emulated", "match", *inputs)[0] >= -1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dialects_have_the_bits_of_the_cpu(emulator: ModuleType, kind: str) -> None:
+    inputs = predictions_and_targets((3, 0, 17), 2, 70, 16)
+    inputs[1][:, :, ::3, 2:] = 0
+    for dialect in (Dialect(1e-5, 0.0, 1e-6), Dialect(1e-3, 0.1, 0.0), Dialect(1e-12, 0.2, 0.05)):
+        assert_same(*inputs, kind=kind, dialect=dialect)
