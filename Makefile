@@ -13,7 +13,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-# Killed workers, cut networks, torch.compile: minutes.
+# Killed workers, cut networks, torch.compile, sanitizers: minutes.
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 

@@ -11,6 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+pytestmark = pytest.mark.slow
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wno-psabi", "-ffp-contract=off", "-fsanitize=address,undefined"]
 
 
