@@ -199,6 +199,7 @@ def command_line(folder: Path) -> None:
     check("COMMAND" in said("--help"), "detr-fast --help must list the commands")
     check("--train.batch_size" in said("train", "--help"), "detr-fast train --help must list the settings")
     check(said("version").strip(), "detr-fast version must print one")
+    check("all is well" in said("doctor", "--quick"), "detr-fast doctor must find all well")
     write_shapes(folder / "shapes", {"train": 4, "val": 2}, image_size=64, seed=0)
     check("train" in said("check-data", "shapes"), "detr-fast check-data must summarise the data")
 
