@@ -246,6 +246,12 @@ class Targets:
         source = (rows - offsets[part] + self.offsets[part // groups]).clamp_(max=max(len(self.labels) - 1, 0))
         return Targets(self.labels[source], self.boxes[source], offsets, self.max_count)
 
+    def image_of_row(self) -> Tensor:  # [T] int64
+        """Image of each row; of rows past ``offsets[B]`` the last one. Waits for no device."""
+        rows = torch.arange(len(self.labels), device=self.offsets.device, dtype=self.offsets.dtype)
+        image = torch.searchsorted(self.offsets, rows, right=True) - 1
+        return image.clamp_(0, max(len(self) - 1, 0))
+
     def to(self, device: torch.device | str) -> Targets:
         """On a CUDA device: everything but masks in one pinned buffer and one asynchronous copy."""
         device = torch.device(device)

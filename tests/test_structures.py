@@ -24,6 +24,17 @@ def test_targets_are_one_flat_list() -> None:
     assert (packed.max_count, len(packed)) == (2, 3)
 
 
+def test_image_of_each_row() -> None:
+    packed = Targets.pack([target([]), target([3, 1]), target([]), target([2])])
+    assert packed.image_of_row().tolist() == [1, 1, 3]
+    assert packed.image_of_row().dtype == torch.int64
+    static = StaticTargets.with_capacity(4, 6)
+    static.copy_(packed)
+    assert static.image_of_row().tolist() == [1, 1, 3, 3, 3, 3]
+    assert Targets.pack([]).image_of_row().shape == (0,)
+    assert StaticTargets.with_capacity(0, 2).image_of_row().tolist() == [0, 0]
+
+
 def test_no_images() -> None:
     packed = Targets.pack([])
     assert packed.offsets.tolist() == [0]

@@ -4,12 +4,12 @@ The parts, each for all decoder layers at once and without waiting for a device:
 
     points = torch.rand(L, B, P, 2)                                        # x, y in [0, 1]
     logits = logits_at(masks, points)                                      # [L, B, Q, h, w] -> [L, B, Q, P]
-    wanted = targets_at(targets.masks, points)                             # an image: [L, t, P]
+    wanted = targets_at(targets.masks, points, L)                          # an image: [L, t, P]
     extra = point_mask_cost(logits, wanted, len(targets.labels), 5.0, 5.0) # [L, T, Q]
     query_of_target, _ = match_with_cost(matcher, predictions, targets, extra)
 
-Every target is compared with the queries of its own image only, nothing is padded. :class:`HungarianMatcher` is
-Mask2Former's, made of them.
+with ``match_with_cost`` of :mod:`detr_fast.integrations.further_cost`. Every target is compared with the queries of its
+own image only, nothing is padded. :class:`HungarianMatcher` is Mask2Former's, made of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast import matcher as core
+from detr_fast.integrations.further_cost import match_with_cost, report_of, weighted
 from detr_fast.integrations.mode import Mode, check_mode
-from detr_fast.matcher import Pairs, check_batch_size, pairs_of, replaced
-from detr_fast.ops.assignment import assign
-from detr_fast.ops.matching_cost import ForbiddenPairs, matching_cost
+from detr_fast.matcher import Pairs, check_batch_size, pairs_of
+from detr_fast.ops.matching_cost import ForbiddenPairs
 from detr_fast.structures import Predictions, Targets
-
-_FORBIDDEN = {torch.float32: 2.0**100, torch.float64: 2.0**1000}  # magnitudes that assign takes for forbidden
 
 
 class HungarianMatcher(nn.Module):
@@ -79,7 +77,6 @@ class HungarianMatcher(nn.Module):
         self.cost_class, self.cost_mask, self.cost_dice = cost_class, cost_mask, cost_dice
         self.num_points, self.mode, self.generator = num_points, mode, generator
         self._matcher = core.HungarianMatcher(1, 0, 0, invalid="raise" if mode == "compat" else "skip")
-        self._matcher.cost_class = cost_class  # which may be 0 where the masks are not
 
     @torch.no_grad()
     def forward(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> Pairs:
@@ -108,9 +105,10 @@ class HungarianMatcher(nn.Module):
             logits_at(masks, points), of_targets, len(targets.labels), self.cost_mask, self.cost_dice
         )
         # The same box everywhere: its distance is 0 and its GIoU 1, and both weights are 0.
-        boxes = logits.new_tensor([0.5, 0.5, 1.0, 1.0]).expand(*logits.shape[:3], 4)
-        whole = replace(targets, boxes=boxes.new_tensor([0.5, 0.5, 1, 1]).float().expand(len(targets.labels), 4))
-        return match_with_cost(self._matcher, Predictions(logits, boxes), whole, extra)[0]
+        boxes = logits.new_full((), 0.5).expand(*logits.shape[:3], 4)
+        same = replace(targets, boxes=torch.full_like(targets.boxes, 0.5))
+        matcher = weighted(self._matcher, self.cost_class, 0, 0)
+        return match_with_cost(matcher, Predictions(logits, boxes), same, extra)[0]
 
     def _draw(self, layers: int, images: int, device: torch.device) -> Tensor:  # [L, B, P, 2]
         drawn = [
@@ -136,11 +134,13 @@ def pack_with_masks(targets: Sequence[Mapping[str, Tensor]], num_classes: int | 
     for image, target in enumerate(targets):
         if "masks" not in target:
             raise ValueError(f"targets of image {image} of the batch: 'masks' is missing, got {sorted(target)}")
-    with_boxes = []
-    for target in targets:
-        whole = torch.tensor([0.5, 0.5, 1.0, 1.0], device=target["labels"].device)
-        with_boxes.append({"boxes": whole.expand(len(target["labels"]), 4), **target})
-    return Targets.pack(with_boxes, num_classes)
+    if not targets:
+        return Targets.pack(targets, num_classes)
+    # One tensor for all, filled where it lies: a copy to a device would wait.
+    most = max(len(target["labels"]) for target in targets)
+    whole = torch.full((most, 4), 0.5, device=targets[0]["labels"].device)
+    whole[:, 2:] = 1.0
+    return Targets.pack([{"boxes": whole[: len(target["labels"])], **target} for target in targets], num_classes)
 
 
 def logits_at(
@@ -222,93 +222,6 @@ def _cost_of_image(x: Tensor, y: Tensor, ce_weight: float, dice_weight: float) -
         total = p.sum(-1, keepdim=True) + y.sum(-1)[..., None, :]
         dice = 1 - (2 * (p @ y.mT) + 1) / (total + 1)
         return (ce_weight * entropy + dice_weight * dice).mT
-
-
-def match_with_cost(
-    matcher: core.HungarianMatcher,
-    predictions: Predictions,
-    targets: Targets,
-    extra: Tensor,  # [L, T, Q]
-    groups: int = 1,
-) -> tuple[Tensor, Targets]:
-    """As ``matcher.match_groups(predictions, targets, groups)``, with a further cost of each pair.
-
-    Returns query_of_target ``[L, T * groups]`` int32 and the targets of its rows. The matcher's policy for invalid
-    pairs holds for the sum. :func:`report_of` tells of them; where the other terms are finite, the term is "extra".
-    """
-    status, most = matcher._status_on(predictions.logits.device), targets.max_count
-    base = cost_by(matcher, predictions, targets, status)
-    cost = base + extra.to(base.dtype)
-    _note_forbidden(base, cost, targets, status)
-    if matcher.invalid == "raise" or (matcher.invalid is None and cost.device.type == "cpu"):
-        found = report_of(matcher)
-        if found is not None:
-            raise ValueError(f"HungarianMatcher: {found}")
-    elif matcher.invalid not in (None, "skip"):
-        cost = replaced(cost, matcher.invalid, most)
-    if groups == 1:
-        return assign(cost, targets.offsets, most), targets
-    return _assign_groups(cost, targets, groups)
-
-
-def cost_by(
-    matcher: core.HungarianMatcher, predictions: Predictions, targets: Targets, status: Tensor | None = None
-) -> Tensor:
-    """The matcher's own cost ``[L, T, Q]``."""
-    return matching_cost(
-        predictions.logits,
-        predictions.boxes,
-        targets.labels,
-        targets.boxes,
-        targets.offsets,
-        matcher.cost_class,
-        matcher.cost_bbox,
-        matcher.cost_giou,
-        matcher.kind,
-        matcher.alpha,
-        matcher.gamma,
-        status=status,
-        max_count=targets.max_count,
-        dialect=matcher.dialect,
-    )
-
-
-def _assign_groups(cost: Tensor, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
-    """All targets with each group of queries: the rows of ``targets.repeated(groups)``, queries in ``[0, Q)``."""
-    repeated = targets.repeated(groups)
-    rows = torch.arange(len(repeated.labels), device=cost.device)
-    part = (torch.searchsorted(repeated.offsets, rows, right=True) - 1).clamp(max=len(repeated) - 1)
-    image, group = part // groups, part % groups
-    source = (rows - repeated.offsets[part] + targets.offsets[image]).clamp(max=len(targets.labels) - 1)
-    width = cost.shape[2] // groups
-    found = assign(cost.unflatten(2, (groups, width))[:, source, group], repeated.offsets, targets.max_count)
-    found = torch.where(found >= 0, found + (group * width).to(torch.int32), found)
-    offsets = repeated.offsets[::groups].contiguous()
-    return found, replace(repeated, offsets=offsets, max_count=groups * targets.max_count)
-
-
-def report_of(matcher: core.HungarianMatcher) -> ForbiddenPairs | None:
-    """``matcher.report()`` after :func:`match_with_cost`, where the further cost is called "extra"."""
-    found = matcher.report()
-    return None if found is None else replace(found, terms=tuple("extra" if t == "sum" else t for t in found.terms))
-
-
-def _note_forbidden(base: Tensor, cost: Tensor, targets: Targets, status: Tensor) -> None:
-    """Adds pairs that are invalid only because of the further cost to the status, as the ops add theirs."""
-    if cost.numel() == 0:
-        return
-    _, count, queries = cost.shape
-    limit = _FORBIDDEN[cost.dtype]
-    invalid = (base.abs() < limit) & ~(cost.abs() < limit)
-    found, first = invalid.sum(), invalid.flatten().to(torch.uint8).argmax()  # of equal ones the first
-    row = first // queries % count
-    image = torch.searchsorted(targets.offsets, row.to(torch.int32)[None], right=True)[0] - 1
-    packed = first // (queries * count)
-    # As ForbiddenPairs reads them; of the terms, bit 4 is their sum.
-    for value, bits in ((image, 16), (row - targets.offsets[image], 14), (first % queries, 20), (16, 5)):
-        packed = packed << bits | value
-    order = torch.where(found > 0, torch.iinfo(torch.int64).max - packed, 0)
-    status.copy_(torch.stack([status[0] + found, torch.maximum(status[1], order)]))
 
 
 def _masks(targets: Targets) -> tuple[Tensor, ...]:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from integrations.definitions import dfine as definition
 from integrations.definitions.rtdetr import shared_weights
-from integrations.test_rtdetr_adapter import CLASSES, COSTS, COUNTS, MODES, ForbidsReading, assert_same, compared
+from integrations.reading import assert_reads_nothing
+from integrations.test_rtdetr_adapter import CLASSES, COSTS, COUNTS, MODES, assert_same, compared
 from torch import Tensor
 
 from detr_fast.integrations import layer_losses
-from detr_fast.integrations.dfine import DEIMCriterion, DFINECriterion, HungarianMatcher
-from detr_fast.integrations.dfine.localisation import bins_of, weighting
+from detr_fast.integrations.dfine import DEIMCriterion, DFINECriterion, HungarianMatcher, local_losses
+from detr_fast.integrations.edge_distributions import bins_of, weighting
+from detr_fast.structures import Predictions, StaticTargets, Targets
 
 WEIGHTS = shared_weights(loss_fgl=0.15, loss_ddf=1.5)
 LOSSES = ["vfl", "boxes", "local"]
@@ -310,13 +312,100 @@ def test_half_types(dtype: torch.dtype) -> None:
             assert all(g.isfinite().all() and g.dtype == dtype for g in gradients)
 
 
-def test_nothing_is_read_back() -> None:
-    outputs, targets, _ = definition.random_batch()
-    for mode, options in (("stable", {}), ("compat", {}), ("compat", {"use_uni_set": False})):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{}, {"use_uni_set": False}, {"boxes_weight_format": "giou"}], ids=str)
+def test_nothing_is_read_back(options: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tensors without values have no memory to compare.
+    monkeypatch.setattr(local_losses, "_are_same", lambda one, other: one is other)
+    for encoder_classes in (None, 1):
+        outputs, targets, _ = definition.random_batch(encoder_classes=encoder_classes)
         criterion, _ = deim(mode, **options)
-        with ForbidsReading():
-            losses = criterion(outputs, targets)
-            sum(losses.values()).backward()
+        assert_reads_nothing(criterion, outputs, targets)
+        criterion.matcher.change_matcher, criterion.matcher.matcher_change_epoch = True, 5
+        assert_reads_nothing(criterion, outputs, targets, 5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("with_denoising", [True, False])
+@pytest.mark.parametrize("wrong", ["label", "box"])
+def test_annotations_that_are_wrong_are_named(wrong: str, with_denoising: bool, mode: str) -> None:
+    outputs, targets, _ = definition.random_batch(with_denoising=with_denoising)
+    if wrong == "label":
+        targets[2]["labels"][1] = CLASSES
+    else:
+        targets[2]["boxes"][1, 3] = torch.nan
+    for criterion in (dfine(mode)[0], deim(mode)[0]):
+        with pytest.raises(ValueError, match=f"image 2 of the batch, target 1: {wrong} must be"):
+            criterion(outputs, targets)
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+@pytest.mark.parametrize("use_focal_loss", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_unknown_labels_match_nothing(mode: str, use_focal_loss: bool, epoch: int) -> None:
+    """As a device sees them, where looking would wait."""
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    labels = torch.tensor([1, 99, -1, CLASSES - 1, 2])
+    targets = Targets.pack([{"labels": labels, "boxes": boxes.expand(5, 4)}], check_values=False)
+    predictions = Predictions(torch.randn(1, 1, 8, CLASSES), boxes.expand(1, 1, 8, 4))
+    options = {"change_matcher": True, "matcher_change_epoch": 5}
+    matcher = HungarianMatcher(COSTS, use_focal_loss, mode=mode, **options)
+    found = matcher(predictions, targets, epoch=epoch)[0]
+    assert (found >= 0).tolist() == [True, False, False, use_focal_loss, True]
+    report = matcher.report()
+    assert (report.count, report.image, report.target, report.query) == (8 * (3 - use_focal_loss), 0, 1, 0)
+    assert "label" in report.terms
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unknown_labels_match_nothing_several_times(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Targets, "check_values", lambda *_: None)  # as on a device
+    outputs, targets, _ = definition.random_batch((3,))
+    targets[0]["labels"][1] = 99
+    ((_, own),) = HungarianMatcher(COSTS, True, mode=mode)(outputs, targets, return_topk=3)["indices_o2m"]
+    assert sorted(own.tolist()) == [0, 0, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("part", ["pred_logits", "pred_boxes"])
+def test_the_changed_matcher_reports_what_is_not_finite(part: str, mode: str) -> None:
+    outputs, targets, _ = definition.random_batch()
+    with torch.no_grad():
+        outputs[part][2, 4:9] = torch.nan
+    matcher = HungarianMatcher(COSTS, True, mode=mode, change_matcher=True, matcher_change_epoch=5)
+    queries = matcher(outputs, targets, epoch=5)["indices"][2][0]
+    assert mode == "compat" or not set(queries.tolist()) & set(range(4, 9))
+    report = matcher.report()
+    assert (report.count, report.layer, report.image, report.target, report.query) == (35, 0, 2, 0, 4)
+    assert report.terms == (("class",) if part == "pred_logits" else ("GIoU",))
+    assert matcher.report() is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_changed_matcher_ignores_rows_past_the_targets(mode: str) -> None:
+    outputs, targets, _ = definition.random_batch((3, 2))
+    static = StaticTargets.with_capacity(2, 9)
+    static.labels.fill_(99)
+    static.boxes.fill_(torch.nan)
+    static.copy_(Targets.pack(targets))
+    predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])
+    matcher = HungarianMatcher(COSTS, True, mode=mode, change_matcher=True, matcher_change_epoch=5)
+    found = matcher(predictions, static, epoch=5)[0]
+    assert (found >= 0).tolist() == [True] * 5 + [False] * 4
+    assert torch.equal(found[:5], matcher(predictions, Targets.pack(targets), epoch=5)[0])
+    assert matcher.report() is None
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, -0.1])
+def test_gradient_of_boxes_without_size(size: float) -> None:
+    outputs, targets, leaves = definition.random_batch()
+    with torch.no_grad():
+        for layer in (outputs, *outputs["aux_outputs"], *outputs["dn_outputs"]):
+            layer["pred_boxes"][:, :, 2] = size
+    criterion, expected = dfine("compat", ["boxes"])
+    criterion.weight_dict.pop("loss_giou")
+    expected.weight_dict.pop("loss_giou", None)
+    compared(criterion, expected, (outputs, targets, leaves))
 
 
 def test_normalisers_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import assert_as_accurate
 from integrations.definitions import mask_cost as definition
+from integrations.reading import assert_reads_nothing
 from scipy.optimize import linear_sum_assignment
 
 from detr_fast import matcher as core
+from detr_fast.integrations.further_cost import match_with_cost, report_of
 from detr_fast.integrations.mask_cost import (
     HungarianMatcher,
     logits_at,
-    match_with_cost,
     pack_with_masks,
     point_mask_cost,
-    report_of,
     targets_at,
 )
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.structures import Predictions
 
 CLASSES = 5
+EMPTY = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
 WEIGHTS = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0}
 
 
@@ -125,6 +127,64 @@ def test_each_weight_counts():
         assert any(
             not torch.equal(x[0], y[0]) or not torch.equal(x[1], y[1]) for x, y in zip(seen[a], seen[b], strict=True)
         )
+
+
+def test_weights_may_be_changed():
+    logits, masks, targets = random_batch((6, 6))
+    outputs = {"pred_logits": logits[0], "pred_masks": masks[0]}
+    matcher = HungarianMatcher(**WEIGHTS, num_points=20)
+    weights = dict(WEIGHTS)
+    for name, weight in (("cost_class", 100.0), ("cost_mask", 0.0), ("cost_class", 0.0), ("cost_dice", 1.0)):
+        weights[name] = weight
+        setattr(matcher, name, weight)
+        torch.manual_seed(0)
+        found = matcher(outputs, targets)
+        torch.manual_seed(0)
+        assert_pairs(found, definition.mask2former_match(outputs, targets, 20, **weights))
+
+
+def test_nothing_is_read_back():
+    logits, masks, targets = random_batch(layers=2)
+    packed = pack_with_masks(targets)
+    matcher = HungarianMatcher(**WEIGHTS, num_points=20)
+
+    def match(outputs, empty):
+        own = replace(empty, masks=tuple(outputs["targets"]))
+        found = matcher.match_layers(outputs["logits"], outputs["masks"], own)
+        return {"found": found.sum() + 0 * outputs["logits"].sum()}
+
+    outputs = {"logits": logits.requires_grad_(), "masks": masks, "targets": list(packed.masks)}
+    assert_reads_nothing(match, outputs, [{"labels": packed.labels, "boxes": packed.boxes}] + 2 * [EMPTY])
+
+    def pack(outputs, _):
+        listed = [{"labels": labels, "masks": own} for labels, own in outputs["targets"]]
+        found = pack_with_masks(listed)
+        assert found.boxes.shape == (8, 4)
+        return {"found": outputs["logits"].sum()}
+
+    outputs["targets"] = [(target["labels"], target["masks"]) for target in targets]
+    assert_reads_nothing(pack, outputs, [])
+
+
+def test_boxes_of_the_whole_image_where_there_are_none():
+    _, _, targets = random_batch((2, 0, 1))
+    assert pack_with_masks(targets).boxes.tolist() == [[0.5, 0.5, 1.0, 1.0]] * 3
+    targets[2]["boxes"] = torch.full((1, 4), 0.25)
+    assert pack_with_masks(targets).boxes.tolist() == [[0.5, 0.5, 1.0, 1.0]] * 2 + [[0.25] * 4]
+
+
+@pytest.mark.parametrize("invalid", ["skip", "last", "above_largest", "as_one"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_unknown_labels_match_nothing(groups, invalid):
+    """As a device sees them, where looking would wait."""
+    boxes = torch.rand(1, 1, 8, 4) * 0.3 + 0.3
+    listed = [{"labels": torch.tensor([1, 99, -1]), "boxes": torch.rand(3, 4) * 0.3 + 0.3}]
+    targets = core.Targets.pack(listed, check_values=False)
+    matcher = core.HungarianMatcher(1, 2, 3, kind="focal_stable", invalid=invalid)
+    predictions = Predictions(torch.randn(1, 1, 8, CLASSES), boxes)
+    found, _ = match_with_cost(matcher, predictions, targets, torch.zeros(1, 3, 8), groups)
+    assert (found[0] >= 0).tolist() == [True, False, False] * groups
+    assert report_of(matcher).count == 16
 
 
 def test_given_generator():

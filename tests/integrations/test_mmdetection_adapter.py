@@ -180,6 +180,24 @@ def test_half_types(dtype):
     assert assigner.report() is None
 
 
+@pytest.mark.parametrize("costs", [DINO, SPARSE], ids=["DINO", "SPARSE"])
+def test_weights_may_be_changed(costs):
+    predictions, targets, meta = random_image(count=9)
+    assigner = HungarianAssigner(costs, mode="compat")
+    known = [dict(cost) for cost in costs]
+    for index, weight in ((0, 0.1), (1, 0.5), (2, 30.0), (0, 40.0)):
+        assigner.match_costs[index].weight = known[index]["weight"] = weight
+        exact = cost_of(known, predictions, targets, meta["img_shape"])
+        assert_assigned(assigner.assign(predictions, targets, meta), exact, targets.labels)
+        torch.testing.assert_close(assigner.cost(predictions, targets, meta).mT.double(), exact, rtol=1e-5, atol=1e-4)
+    for name, value in (("alpha", 0.6), ("gamma", 1.0), ("eps", 1e-3)):
+        setattr(assigner.match_costs[0], name, value)
+    options = {name: getattr(assigner.match_costs[0], name) for name in ("alpha", "gamma", "eps", "weight")}
+    exact = definition.focal_loss_cost(predictions.scores.double(), targets.labels, **options)
+    exact = exact + cost_of(known[1:], predictions, targets, meta["img_shape"])
+    torch.testing.assert_close(assigner.cost(predictions, targets, meta).mT.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_boxes_in_a_structure_and_shape_with_channels():
     predictions, targets, meta = random_image()
     expected = HungarianAssigner(DINO).assign(predictions, targets, meta).gt_inds

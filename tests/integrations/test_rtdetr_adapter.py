@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from integrations.definitions import rtdetr as definition
+from integrations.reading import assert_reads_nothing
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.integrations import layer_losses
 from detr_fast.integrations.rtdetr import HungarianMatcher, HungarianMatcherv2, RTDETRCriterionv2, SetCriterion
+from detr_fast.structures import Targets
 
 COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 CLASSES = 11
@@ -155,6 +156,26 @@ def test_class_agnostic_encoder(mode: str) -> None:
     assert_same(actual, expected(outputs, targets) | of_encoder, leaves)
 
 
+def test_class_agnostic_encoder_in_compat_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values are not looked at, targets with a label above 0 have no proposal."""
+    monkeypatch.setattr(Targets, "check_values", lambda *_: None)
+    outputs, targets, _ = definition.random_batch(encoder_classes=1, with_denoising=False)
+    for target in targets:
+        target["labels"][::2] = 0
+    criterion, _ = both(["vfl", "boxes"], definition.shared_weights(), "compat")
+    criterion.matcher = HungarianMatcherv2(COSTS, use_focal_loss=True)  # which raises on the CPU only
+    found = criterion(outputs, targets)
+    report = criterion.matcher.report()
+    is_zero = [target["labels"] == 0 for target in targets]
+    counts = [sum(len(own) for own in is_zero), sum(int(own.sum()) for own in is_zero)]
+    assert report.terms == ("label",)
+    assert report.count == (counts[0] - counts[1]) * outputs["pred_logits"].shape[1]
+    zero = [{name: x[own] for name, x in target.items()} for target, own in zip(targets, is_zero, strict=True)]
+    expected = criterion(outputs, zero)
+    for name in ("loss_bbox_enc_0", "loss_giou_enc_0", "loss_vfl_enc_0"):
+        torch.testing.assert_close(found[name] * counts[0], expected[name] * counts[1])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("losses", [["vfl", "boxes"], ["focal", "bce", "boxes", "cardinality"], ["labels", "boxes"]])
@@ -259,24 +280,41 @@ def test_half_types(dtype: torch.dtype) -> None:
         assert all(g.isfinite().all() and g.dtype == dtype for g in gradients)
 
 
-class ForbidsReading(TorchDispatchMode):
-    """Fails where an operator would make a program wait for its device."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        name = function.name()
-        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")), name
-        if name.startswith(("aten::index.", "aten::index_put")):
-            assert not any(isinstance(x, Tensor) and x.dtype == torch.bool for x in arguments[1]), name
-        return function(*arguments, **(options or {}))
-
-
-def test_nothing_is_read_back() -> None:
-    outputs, targets, _ = definition.random_batch()
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_read_back(mode: str) -> None:
     for options in ({}, {"boxes_weight_format": "giou"}, {"share_matched_indices": True}):
-        criterion, _ = both(["vfl", "focal", "boxes"], definition.shared_weights(loss_focal=1.0), "stable", **options)
-        with ForbidsReading():
-            losses = criterion(outputs, targets)
-            sum(losses.values()).backward()
+        for encoder_classes in (None, 1):
+            outputs, targets, _ = definition.random_batch(encoder_classes=encoder_classes)
+            weights = definition.shared_weights(loss_focal=1.0)
+            criterion, _ = both(["vfl", "focal", "boxes"], weights, mode, **options)
+            criterion.matcher = HungarianMatcherv2(COSTS, use_focal_loss=True)  # one that raises looks at the CPU
+            assert_reads_nothing(criterion, outputs, targets)
+    outputs, targets, _ = _as_v1(definition.random_batch(classes=CLASSES + 1))
+    weights = definition.shared_weights(loss_ce=0.6, cardinality_error=0.5, class_error=2)
+    settings = (weights, ["labels", "boxes", "cardinality"], 0.25, 2.0)
+    criterion = SetCriterion(HungarianMatcher(COSTS), *settings, num_classes=CLASSES, mode=mode)
+    assert_reads_nothing(criterion, outputs, targets)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("with_denoising", [True, False])
+@pytest.mark.parametrize("wrong", ["label", "box"])
+def test_annotations_that_are_wrong_are_named(wrong: str, with_denoising: bool, mode: str) -> None:
+    criterion, _ = both(["vfl", "boxes"], definition.shared_weights(), mode)
+    outputs, targets, _ = definition.random_batch(with_denoising=with_denoising)
+    if wrong == "label":
+        targets[2]["labels"][1] = CLASSES
+    else:
+        targets[2]["boxes"][1, 3] = torch.nan
+    with pytest.raises(ValueError, match=f"image 2 of the batch, target 1: {wrong} must be"):
+        criterion(outputs, targets)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_targets(mode: str) -> None:
+    outputs, targets, leaves = definition.random_batch()
+    criterion, _ = both(["vfl", "boxes"], definition.shared_weights(), mode)
+    assert_same(criterion(outputs, Targets.pack(targets)), criterion(outputs, targets), leaves)
 
 
 def test_losses_may_be_changed_in_place() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detr_fast.integrations.dfine.local_losses import LOCAL, Local, LocalOptions
 from detr_fast.integrations.dfine.matcher import sized
-from detr_fast.integrations.layer_losses import Entry, LayerLosses, box_count
+from detr_fast.integrations.layer_losses import Entry, LayerLosses, ListedTargets, box_count
 from detr_fast.integrations.mode import Mode
 from detr_fast.integrations.rtdetr.set_losses import ClassLoss, SetLosses
 from detr_fast.integrations.rtdetr.stacks import Layer, Matched, PairedBoxes, Stack, denoised, numbered, stacks_of
@@ -57,15 +57,17 @@ class DFINECriterion(SetLosses):
     distributions of all layers together; nothing is read back from a device.
 
     Where several targets are equally frequent at a query, the published order is left to an unstable sort; here the
-    query keeps the lowest target. A `matcher` of this module is used for all sets at once, any other is called set by
-    set. ``share_matched_indices`` has no effect, as in the published code. FGL's targets are computed once, from the
-    last layer's reference points. ``loss_ddf`` of a layer that is its own teacher is 0, found by its memory: equal
-    values elsewhere in memory have a loss of rounding errors.
+    query keeps the lowest target. `targets` may also be :class:`Targets`, whose values are not checked. A `matcher` of
+    this module is used for all sets at once, any other is called set by set. ``share_matched_indices`` has no effect,
+    as in the published code. FGL's targets are computed once, from the last layer's reference points. ``loss_ddf`` of a
+    layer that is its own teacher is 0, found by its memory: equal values elsewhere in memory have a loss of rounding
+    errors.
 
     Modes (see also the matcher's):
 
     - a class-agnostic encoder is matched with the original labels in "compat", as published, so that a label above 0 is
-      an error; with label 0 for every target, as the loss has it, in "stable";
+      an error (on a device, where looking would wait, such a target matches no proposal); with label 0 for every
+      target, as the loss has it, in "stable";
     - with `boxes_weight_format` "giou", GIoU may be negative: published ("compat"), such pairs are then driven apart,
       and MAL's power of it is NaN; "stable" gives them weight and quality 0;
     - with ``use_uni_set=False`` (DEIM) published targets of FGL are those of other pairs where layers are matched
@@ -97,7 +99,7 @@ class DFINECriterion(SetLosses):
         self.reg_max, self.use_uni_set = reg_max, True
         self._named_columns = [LayerLosses([Entry(name, name)], weight_dict, [name]) for name in LOCAL]
 
-    def forward(self, outputs: Layer, targets: Sequence[Mapping[str, Tensor]], **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, outputs: Layer, targets: ListedTargets, **kwargs: Any) -> dict[str, Tensor]:
         if "aux_outputs" not in outputs:
             raise ValueError(f"{type(self).__name__}: outputs must have 'aux_outputs', got {sorted(outputs)}")
         packed = self._packed(outputs, targets)
@@ -220,7 +222,8 @@ class DFINECriterion(SetLosses):
 
 def with_negative_sizes(values: Tensor, pairs: PairedBoxes, num_boxes: Tensor) -> Tensor:  # [S, 5 + ...]
     """Adds to the distance what negative widths and heights were below 0."""
-    excess = (-pairs.boxes[..., 2:]).clamp(min=0).sum(-1).where(pairs.is_pair, 0).sum(1) / num_boxes
+    # relu, unlike clamp, has no gradient at 0, where that of the size counted as 0 is 1 already.
+    excess = (-pairs.boxes[..., 2:]).relu().sum(-1).where(pairs.is_pair, 0).sum(1) / num_boxes
     at = TERMS.index("bbox")
     return values + F.pad(excess[:, None], (at, values.shape[1] - at - 1))
 
@@ -256,9 +259,7 @@ class DEIMCriterion(DFINECriterion):
         super().__init__(matcher, weight_dict, losses, alpha, gamma, num_classes, *shared, mode=mode)
         self.use_uni_set = use_uni_set
 
-    def forward(
-        self, outputs: Layer, targets: Sequence[Mapping[str, Tensor]], epoch: int = 0, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def forward(self, outputs: Layer, targets: ListedTargets, epoch: int = 0, **kwargs: Any) -> dict[str, Tensor]:
         return super().forward(outputs, targets, epoch=epoch, **kwargs)
 
     def _class_loss(self, loss: str) -> ClassLoss:

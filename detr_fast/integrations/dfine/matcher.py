@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detr_fast import matcher as core
 from detr_fast.boxes import box_cxcywh_to_xyxy, paired_giou
+from detr_fast.integrations.further_cost import has_label, note_forbidden
 from detr_fast.integrations.mode import Mode
 from detr_fast.integrations.rtdetr.matcher import HungarianMatcher as RTDETRMatcher
 from detr_fast.matcher import check_batch_size, pairs_of, replaced
@@ -35,7 +36,8 @@ class HungarianMatcher(RTDETRMatcher):
       is in "compat", as published, and 0 in "stable";
     - pairs without finite cost (NaN or infinite predictions): in "compat" NaN counts 1 and infinities the largest
       numbers, as published, so that where good pairs cost more than 1 a query that is NaN is preferred to them;
-      "stable" matches such pairs never and reports them by :meth:`report`;
+      "stable" matches such pairs never. Both report them by :meth:`report`, and match no target whose label is out of
+      range;
     - `return_topk`: "compat" also gives up the queries 0 to n - 1 of an image with n targets after the first time, as
       the published code takes target numbers for queries; and a used query may return if there is no other left.
       "stable" gives up exactly the used ones, and leaves targets unmatched when none are left.
@@ -92,7 +94,10 @@ class HungarianMatcher(RTDETRMatcher):
         cost = (
             self._scores(predictions, targets) if self._is_changed(epoch) else self._usual_costs(predictions, targets)
         )
-        return cost if self.mode == "stable" else replaced(cost, "as_one", targets.max_count)
+        if self.mode == "stable":
+            return cost
+        cost = replaced(cost, "as_one", targets.max_count)
+        return cost.where(has_label(self, predictions, targets), torch.nan)
 
     def _usual_costs(self, predictions: Predictions, targets: Targets) -> Tensor:  # [L, T, Q]
         logits, boxes = predictions.logits, sized(predictions.boxes)
@@ -103,37 +108,36 @@ class HungarianMatcher(RTDETRMatcher):
         if self.mode == "stable":
             return cost
         below = (boxes - predictions.boxes).float().sum(-1)  # [L, B, Q], what is missing in the distance
-        return cost + self.cost_bbox * below[:, image_of_rows(targets)]
+        return cost + self.cost_bbox * below[:, targets.image_of_row()]
 
     def _scores(self, predictions: Predictions, targets: Targets) -> Tensor:  # [L, T, Q]
         """-p IoU^iou_order_alpha of each target and the queries of its image."""
-        image = image_of_rows(targets)
+        image, is_known = targets.image_of_row(), has_label(self, predictions, targets)
         logits = predictions.logits.float()
         p = logits.sigmoid() if self.use_focal_loss else logits.softmax(-1)
-        p = p[:, image, :, targets.labels.clamp(0, p.shape[-1] - 1)].transpose(0, 1)
+        p = p[:, image, :, targets.labels.where(is_known[:, 0], 0)].transpose(0, 1)
         boxes = box_cxcywh_to_xyxy(sized(predictions.boxes.float()))[:, image]  # [L, T, Q, 4]
         iou, _, _ = paired_giou(boxes, box_cxcywh_to_xyxy(targets.boxes)[:, None])
-        return -p * iou**self.iou_order_alpha
+        cost = (-p * iou**self.iou_order_alpha).where(is_known, torch.nan)
+        terms = [("class", p.isnan()), ("GIoU", iou.isnan()), ("label", ~is_known)]
+        note_forbidden(self._status_on(logits.device), ~cost.isfinite(), terms, targets)
+        return cost
 
     def _several(self, predictions: Predictions, targets: Targets, rounds: int, epoch: int) -> core.Pairs:
         cost = self._costs(predictions, targets, epoch)
         images = list(pairwise(targets.offsets.tolist()))
+        is_known = has_label(self, predictions, targets)
         blocked = torch.inf if self.mode == "stable" else USED_UP
         found = []
         for _ in range(rounds):
-            pairs = pairs_of(assign(cost, targets.offsets, targets.max_count)[0], targets.offsets)
+            allowed = cost.where(is_known, torch.nan)
+            pairs = pairs_of(assign(allowed, targets.offsets, targets.max_count)[0], targets.offsets)
             found.append(pairs)
             for (start, end), (queries, numbers) in zip(images, pairs, strict=True):
                 used = queries if self.mode == "stable" else torch.cat([queries, numbers])
                 cost[0, start:end, used.to(cost.device)] = blocked
         joined = zip(*found, strict=True)
         return [(torch.cat([q for q, _ in image]), torch.cat([t for _, t in image])) for image in joined]
-
-
-def image_of_rows(targets: Targets) -> Tensor:  # [T] int64
-    rows = torch.arange(len(targets.labels), device=targets.offsets.device)
-    image = torch.searchsorted(targets.offsets, rows, right=True) - 1
-    return image.clamp(0, max(len(targets) - 1, 0))
 
 
 def with_sizes(predictions: Predictions) -> Predictions:

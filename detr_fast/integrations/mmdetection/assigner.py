@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detr_fast import matcher as core
-from detr_fast.integrations.mask_cost import cost_by, match_with_cost
+from detr_fast.integrations.further_cost import cost_by, match_with_cost, weighted
 from detr_fast.integrations.mmdetection.costs import (
     BBoxL1Cost,
     ClassificationCost,
@@ -22,7 +22,7 @@ from detr_fast.integrations.mmdetection.costs import (
 from detr_fast.integrations.mode import Mode, check_mode
 from detr_fast.matcher import check_batch_size
 from detr_fast.ops.dialect import Dialect
-from detr_fast.ops.matching_cost import ForbiddenPairs
+from detr_fast.ops.matching_cost import ClassKind, ForbiddenPairs
 from detr_fast.structures import Predictions, Targets
 
 _SMALLEST_AREA = 1e-6  # in square pixels
@@ -135,7 +135,7 @@ class HungarianAssigner:
             _normalised(_tensor(pred_instances.bboxes), shape)[None, None],
         )
         predictions, targets = Predictions(scores, boxes), self._targets([gt_instances], [shape], scores)
-        cost = cost_by(self._in_pixels([shape]), predictions, targets)
+        cost = cost_by(self._current([shape]), predictions, targets)
         return (cost + self._of_corners(predictions, targets))[0]
 
     def report(self) -> ForbiddenPairs | None:
@@ -146,7 +146,7 @@ class HungarianAssigner:
         self, scores: Tensor, boxes: Tensor, instances: Sequence[Any], shapes: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Targets]:
         predictions, targets = Predictions(scores, boxes), self._targets(instances, shapes, scores)
-        matcher = self._in_pixels(shapes)
+        matcher = self._current(shapes)
         with torch.no_grad():
             if self._has_corners():
                 return match_with_cost(matcher, predictions, targets, self._of_corners(predictions, targets))
@@ -163,10 +163,17 @@ class HungarianAssigner:
             packed.check_values(self._matcher.num_labels(scores.shape[-1]))
         return packed.to(scores.device)
 
-    def _in_pixels(self, shapes: Sequence[tuple[int, int]]) -> core.HungarianMatcher:
+    def _current(self, shapes: Sequence[tuple[int, int]]) -> core.HungarianMatcher:
+        """What computes, with the costs' weights and options of now, and the least area in pixels of these images."""
+        of_class, distance, overlap = (self._of.get(name) for name in ("class", "BBoxL1Cost", "IoUCost"))
         largest = max((height * width for height, width in shapes), default=1)
-        self._matcher.dialect = self._matcher.dialect._replace(giou_floor=_SMALLEST_AREA / max(largest, 1))
-        return self._matcher
+        dialect = Dialect(giou_floor=_SMALLEST_AREA / max(largest, 1))
+        options: dict[str, Any] = {}
+        if isinstance(of_class, FocalLossCost):
+            dialect = dialect._replace(class_epsilon=of_class.eps)
+            options = {"alpha": of_class.alpha, "gamma": of_class.gamma}
+        weights = (of_class, None if self._has_corners() else distance, overlap)
+        return weighted(self._matcher, *(cost.weight if cost else 0.0 for cost in weights), dialect=dialect, **options)
 
     def _has_corners(self) -> bool:
         distance = self._of.get("BBoxL1Cost")
@@ -176,7 +183,7 @@ class HungarianAssigner:
         """Cost of BBoxL1Cost of "xyxy": ``[L, T, Q]``, or 0."""
         if not self._has_corners():
             return predictions.boxes.new_zeros(())
-        own = _corners(predictions.boxes.float())[:, _image_of_row(targets)]  # [L, T, Q, 4]
+        own = _corners(predictions.boxes.float())[:, targets.image_of_row()]  # [L, T, Q, 4]
         return self._of["BBoxL1Cost"].weight * (own - _corners(targets.boxes)[:, None]).abs().sum(-1)
 
 
@@ -188,7 +195,7 @@ def _results(
 ) -> list[list[AssignResult]]:
     layers, images, queries = shape[:3]
     device = query_of_target.device
-    image = _image_of_row(targets)
+    image = targets.image_of_row()
     place = torch.where(query_of_target >= 0, image * queries + query_of_target, images * queries)
     gt_inds = torch.zeros(layers, images * queries + 1, dtype=torch.int64, device=device)
     number = torch.arange(1, len(targets.labels) + 1, device=device) - targets.offsets[image]
@@ -203,21 +210,13 @@ def _results(
 
 
 def _core_matcher(costs: Mapping[str, Cost], mode: Mode) -> core.HungarianMatcher:
-    of_class, distance, overlap = costs.get("class"), costs.get("BBoxL1Cost"), costs.get("IoUCost")
-    options: dict[str, Any] = {"invalid": "raise" if mode == "compat" else "skip"}
+    of_class = costs.get("class")
+    kind: ClassKind = "focal_stable"  # without a class cost: of weight 0, and with as many labels as there are scores
     if isinstance(of_class, ClassificationCost):
-        options["kind"] = "softmax"
-    elif isinstance(of_class, FocalLossCost):
-        options |= {"kind": "focal" if mode == "compat" else "focal_stable", "alpha": of_class.alpha}
-        options |= {"gamma": of_class.gamma, "dialect": Dialect(class_epsilon=of_class.eps)}
-    else:  # of weight 0, and with as many labels as there are scores
-        options["kind"] = "focal_stable"
-    matcher = core.HungarianMatcher(**options)
-    matcher.cost_class = of_class.weight if of_class else 0.0
-    is_of_centers = isinstance(distance, BBoxL1Cost) and distance.box_format == "xywh"
-    matcher.cost_bbox = distance.weight if distance and is_of_centers else 0.0
-    matcher.cost_giou = overlap.weight if overlap else 0.0
-    return matcher
+        kind = "softmax"
+    elif isinstance(of_class, FocalLossCost) and mode == "compat":
+        kind = "focal"
+    return core.HungarianMatcher(kind=kind, invalid="raise" if mode == "compat" else "skip")
 
 
 def _tensor(boxes: Any) -> Tensor:  # [N, 4]
@@ -247,11 +246,6 @@ def _centers(corners: Tensor) -> Tensor:
 def _corners(boxes: Tensor) -> Tensor:
     center, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat([center - size / 2, center + size / 2], -1)
-
-
-def _image_of_row(targets: Targets) -> Tensor:  # [T] int64
-    rows = torch.arange(len(targets.labels), device=targets.offsets.device)
-    return (torch.searchsorted(targets.offsets, rows, right=True) - 1).clamp(max=max(len(targets) - 1, 0))
 
 
 def _result_class() -> Any:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from detr_fast.integrations.layer_losses import Entry, LayerLosses, suffixes_of
+from detr_fast import matcher as core
+from detr_fast.integrations.layer_losses import (
+    Entry,
+    LayerLosses,
+    ListedTargets,
+    answers_of,
+    box_count,
+    suffixes_of,
+)
 from detr_fast.integrations.mode import Mode, check_mode
 from detr_fast.integrations.rfdetr.matcher import (
     DIALECT,
     GAMMA,
     HungarianMatcher,
     check_groups,
+    core_matcher,
+    following,
     packed_targets,
 )
 from detr_fast.matcher import check_batch_size, queries_of
@@ -51,12 +60,13 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: as there: kept; the number of logits decides.
-        matcher: a :class:`HungarianMatcher`, or anything called as ``matcher(outputs, targets, group_detr=...)``.
+        matcher: a :class:`HungarianMatcher`, or RF-DETR's own, in whose place this package computes with its weights;
+            anything else is called layer by layer, ``matcher(outputs, targets, group_detr=...)``.
         ia_bce_loss: IoU-aware binary cross-entropy, RF-DETR's default configuration; False: sigmoid focal loss.
         use_varifocal_loss, use_position_supervised_loss: an error unless `ia_bce_loss` overrules them.
         losses: of "labels", "boxes", "cardinality".
         mask_point_sample_ratio, num_keypoints_per_class: kept.
-        mode: "stable" or "compat", for a matcher of RF-DETR's own; ours has its mode itself.
+        mode: of the matching where `matcher` is RF-DETR's own; a :class:`HungarianMatcher` has its mode itself.
 
     Raises:
         ValueError: an option that is not computed here, malformed targets (with the image), or what the matcher raises.
@@ -92,6 +102,7 @@ class SetCriterion(nn.Module):
         self.ia_bce_loss, self.mask_point_sample_ratio = ia_bce_loss, mask_point_sample_ratio
         self.num_keypoints_per_class = num_keypoints_per_class or []
         self.mode = mode
+        self._computes: core.HungarianMatcher | None = None  # for a matcher of RF-DETR's own
         problem = unsupported(self)
         if problem is not None:
             raise ValueError(f"SetCriterion: {problem}")
@@ -103,12 +114,12 @@ class SetCriterion(nn.Module):
         """What losses are divided by, ``[]`` float32 on the outputs' device: the mean over ranks, at least 1."""
         counts = sum(len(target["labels"]) for target in targets)
         device = next(value for value in outputs.values() if isinstance(value, Tensor)).device
-        return mean_over_ranks(torch.full((), counts, dtype=torch.float32, device=device) * _times(self))
+        return box_count(torch.full((1,), counts * _times(self), device=device))
 
     def forward(
         self,
         outputs: Mapping[str, Any],
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: ListedTargets,
         num_boxes: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         return criterion_losses(self, self._match, outputs, targets, num_boxes)
@@ -116,11 +127,16 @@ class SetCriterion(nn.Module):
     def _match(self, predictions: Predictions, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
         if isinstance(self.matcher, HungarianMatcher):
             return self.matcher.match_layers(predictions, targets, groups)
-        return _match_by(self.matcher, predictions, targets, groups)
+        if not _is_rfdetrs(self.matcher):
+            return _match_by(self.matcher, predictions, targets, groups)
+        if self._computes is None:
+            self._computes = core_matcher(self.matcher, self.mode)
+        return following(self._computes, self.matcher).match_groups(predictions, targets, groups)
 
     def matcher_report(self) -> str | None:
         """What the matcher skipped since the last report, or None. Waits for the device."""
-        found = self.matcher.report() if isinstance(self.matcher, HungarianMatcher) else None
+        matcher = self.matcher if isinstance(self.matcher, HungarianMatcher) else self._computes
+        found = None if matcher is None else matcher.report()
         return None if found is None else str(found)
 
 
@@ -128,7 +144,7 @@ def criterion_losses(
     criterion: Any,  # with RF-DETR's attributes
     match: Callable[[Predictions, Targets, int], tuple[Tensor, Targets]],
     outputs: Mapping[str, Any],
-    targets: Sequence[Mapping[str, Tensor]],
+    targets: ListedTargets,
     num_boxes: Tensor | float | None,
 ) -> dict[str, Tensor]:
     """RF-DETR's dictionary of losses; `match` takes predictions, targets and the number of groups."""
@@ -138,7 +154,7 @@ def criterion_losses(
     groups = criterion.group_detr if criterion.training else 1
     packed = packed_targets(outputs, targets, logits.shape[-1]).to(logits.device)
     divisor = _divisor(num_boxes, logits.device)
-    count = mean_over_ranks(packed.offsets[-1].float() * _times(criterion)) if divisor is None else None
+    count = box_count(packed.offsets[-1:] * _times(criterion)) if divisor is None else None
     values = []
     for predictions in sets:
         check_groups(predictions.logits.shape[2], groups)
@@ -212,26 +228,21 @@ def _divisor(num_boxes: Tensor | float | None, device: torch.device) -> Tensor |
     return torch.full((), float(num_boxes), dtype=torch.float32, device=device)
 
 
-def mean_over_ranks(count: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp(min=1)
+def _is_rfdetrs(matcher: Any) -> bool:
+    """RF-DETR's own matcher, with nothing around it that wants to be called."""
+    module = sys.modules.get("rfdetr.models.matcher")
+    is_own = module is not None and type(matcher) is module.HungarianMatcher
+    return is_own and not (matcher._forward_pre_hooks or matcher._forward_hooks)
 
 
 def _match_by(matcher: Any, predictions: Predictions, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
     """As :meth:`HungarianMatcher.match_layers`, by any matcher with RF-DETR's call."""
-    bounds = targets.offsets.tolist()
-    listed = [
-        {"labels": targets.labels[start:end], "boxes": targets.boxes[start:end]} for start, end in pairwise(bounds)
-    ]
+    counts = targets.offsets.diff().tolist()
     repeated = targets.repeated(groups)
     repeated = replace(repeated, offsets=repeated.offsets[::groups].contiguous(), max_count=groups * targets.max_count)
     width = predictions.logits.shape[2] // groups
     rows = []
-    for logits, boxes in zip(predictions.logits.detach(), predictions.boxes.detach(), strict=True):
-        pairs = matcher({"pred_logits": logits, "pred_boxes": boxes}, listed, group_detr=groups)
-        counts = [len(target["labels"]) for target in listed]
+    for pairs in answers_of(matcher, predictions, targets, group_detr=groups):
         moved = [(queries, queries // width * count + own) for (queries, own), count in zip(pairs, counts, strict=True)]
         rows.append(queries_of(moved, repeated, predictions.logits.shape[2]))
     return torch.stack(rows), repeated

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from detr_fast import matcher as core
-from detr_fast.integrations.mask_cost import (
-    logits_at,
-    match_with_cost,
-    point_mask_cost,
-    report_of,
-    sample,
-    targets_at,
-)
+from detr_fast.integrations.further_cost import match_with_cost, report_of, weighted
+from detr_fast.integrations.layer_losses import ListedTargets
+from detr_fast.integrations.mask_cost import logits_at, point_mask_cost, sample, targets_at
 from detr_fast.integrations.mode import Mode, check_mode
-from detr_fast.matcher import Pairs, check_batch_size, pairs_of
+from detr_fast.matcher import Pairs, check_batch_size
 from detr_fast.ops.dialect import Dialect
 from detr_fast.ops.matching_cost import ForbiddenPairs
 from detr_fast.structures import Predictions, Targets
@@ -106,14 +103,14 @@ class HungarianMatcher(nn.Module):
         group_detr: int = 1,
         target_side_safety: object = None,
     ) -> Pairs:
-        return pairs_of_layers(self, self._matcher, [outputs], targets, group_detr)[0]
+        return pairs_of_layers(self, following(self._matcher, self), [outputs], targets, group_detr)[0]
 
     @torch.no_grad()
     def match_layers(self, predictions: Predictions, targets: Targets, group_detr: int = 1) -> tuple[Tensor, Targets]:
         """query_of_target ``[L, T * group_detr]`` int32, queries in ``[0, Q)``, and the targets of its rows: those of
         each image `group_detr` times over, as :func:`detr_fast.ops.set_loss` takes both. Boxes and classes only.
         """
-        return self._matcher.match_groups(predictions, targets, group_detr)
+        return following(self._matcher, self).match_groups(predictions, targets, group_detr)
 
     def report(self) -> ForbiddenPairs | None:
         """Pairs without a finite cost since the last report, with the position of the first. Waits for the device."""
@@ -139,6 +136,12 @@ def core_matcher(matcher: Any, mode: Mode) -> core.HungarianMatcher:
         invalid="above_largest" if mode == "compat" else "skip",
         dialect=DIALECT,
     )
+
+
+def following(computes: core.HungarianMatcher, matcher: Any) -> core.HungarianMatcher:
+    """What computes for `matcher`, with its weights of now."""
+    costs = (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou)
+    return weighted(computes, *costs, alpha=matcher.focal_alpha)
 
 
 def pairs_of_layers(
@@ -170,7 +173,9 @@ def _stacked(layers: Sequence[Mapping[str, Any]]) -> Predictions:
     return Predictions.from_dict({**parts[-1], "aux_outputs": parts[:-1]})
 
 
-def packed_targets(outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]], classes: int) -> Targets:
+def packed_targets(outputs: Mapping[str, Any], targets: ListedTargets, classes: int) -> Targets:
+    if isinstance(targets, Targets):
+        return targets
     for image, target in enumerate(targets):
         if "valid" in target:
             raise ValueError(
@@ -206,11 +211,14 @@ def _mask_cost(matcher: Any, masks: Tensor | Mapping[str, Tensor], targets: Targ
 
 def pairs_of_groups(found: Tensor, offsets: Tensor, groups: int) -> list[Pairs]:
     """``[L, T * groups]`` as a list of pairs for each layer: group after group, queries ascending."""
-    found, offsets = found.cpu(), offsets.cpu()
-    counts = (offsets.diff() // groups).tolist()
-    layers = []
-    for row in found:
-        # Queries of a group are greater than those of the group before.
-        pairs = pairs_of(row, offsets)
-        layers.append([(queries, own % max(count, 1)) for (queries, own), count in zip(pairs, counts, strict=True)])
-    return layers
+    layers, bounds = found.cpu().numpy().astype(np.int64), offsets.tolist()
+    return [[_pair_of_groups(row[start:end], groups) for start, end in pairwise(bounds)] for row in layers]
+
+
+def _pair_of_groups(own: np.ndarray, groups: int) -> tuple[Tensor, Tensor]:
+    """Of the rows of an image. Queries of a group are greater than those of the group before."""
+    order = own.argsort(kind="stable")
+    queries = own[order]
+    if len(own) and queries[0] < 0:
+        order, queries = order[queries >= 0], queries[queries >= 0]
+    return torch.from_numpy(queries), torch.from_numpy(order % max(len(own) // groups, 1))

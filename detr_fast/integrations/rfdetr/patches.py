@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from detr_fast import matcher as core
-from detr_fast.integrations.mask_cost import report_of
+from detr_fast.integrations.further_cost import report_of
 from detr_fast.integrations.mode import Mode
 from detr_fast.integrations.patching import Replacement, require_version
 from detr_fast.integrations.rfdetr.criterion import criterion_losses, unsupported
-from detr_fast.integrations.rfdetr.matcher import check_groups, core_matcher, pairs_of_groups, pairs_of_layers
+from detr_fast.integrations.rfdetr.matcher import (
+    check_groups,
+    core_matcher,
+    following,
+    pairs_of_groups,
+    pairs_of_layers,
+)
 from detr_fast.matcher import Pairs
 from detr_fast.ops.assignment import assign
 from detr_fast.structures import offsets_of
@@ -119,13 +125,9 @@ class _Places:
         self.computes: WeakKeyDictionary[Any, core.HungarianMatcher] = WeakKeyDictionary()
 
     def matcher_for(self, matcher: Any) -> core.HungarianMatcher:
-        """Its weights may have been changed since the last call."""
         if matcher not in self.computes:
             self.computes[matcher] = core_matcher(matcher, self.mode)
-        known = self.computes[matcher]
-        known.cost_class, known.cost_bbox, known.cost_giou = matcher.cost_class, matcher.cost_bbox, matcher.cost_giou
-        known.alpha = matcher.focal_alpha
-        return known
+        return following(self.computes[matcher], matcher)
 
     def report(self) -> str | None:
         found = [report_of(known) for known in self.computes.values()]

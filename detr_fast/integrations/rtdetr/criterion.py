@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from detr_fast.integrations.layer_losses import box_count, cardinality_error
+from detr_fast.integrations.layer_losses import ListedTargets, box_count, cardinality_error
 from detr_fast.integrations.mode import Mode
 from detr_fast.integrations.rtdetr.set_losses import SetLosses
 from detr_fast.integrations.rtdetr.stacks import Layer, Matched, Stack, denoised, numbered, stacks_of
@@ -25,13 +25,15 @@ class RTDETRCriterionv2(SetLosses):
     left out. Sets of one shape (decoder and encoder, as a rule) are matched in one call and their losses and gradients
     computed in another, denoising in a third; nothing is read back from a device.
 
-    A `matcher` of this module is used for whole stacks, any other is called layer by layer.
+    `targets` may also be :class:`Targets`, whose values are not checked. A `matcher` of this module is used for whole
+    stacks, any other is called layer by layer.
     Loss ``masks`` is not supported, which needs the random points of its code base.
 
     Modes (see also the matcher's) differ where the encoder is class-agnostic: "compat" matches it with the original
-    labels, as published, so that a label above 0 is an error; "stable" with label 0 for every target, as the loss has
-    it. With `boxes_weight_format` "giou", GIoU may be negative: published ("compat"), such pairs are then driven apart;
-    "stable" gives them weight and quality 0. Everything else is equal to rounding.
+    labels, as published, so that a label above 0 is an error (on a device, where looking would wait, such a target
+    matches no proposal); "stable" with label 0 for every target, as the loss has it. With `boxes_weight_format` "giou",
+    GIoU may be negative: published ("compat"), such pairs are then driven apart; "stable" gives them weight and quality
+    0. Everything else is equal to rounding.
 
     Raises:
         ValueError: an unknown loss, format or mode; wrong number of classes; malformed targets, with the image.
@@ -53,7 +55,7 @@ class RTDETRCriterionv2(SetLosses):
         shared = (boxes_weight_format, share_matched_indices, mode)
         super().__init__(matcher, weight_dict, losses, alpha, gamma, num_classes, *shared)
 
-    def forward(self, outputs: Layer, targets: Sequence[Mapping[str, Tensor]], **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, outputs: Layer, targets: ListedTargets, **kwargs: Any) -> dict[str, Tensor]:
         packed = self._packed(outputs, targets)
         num_boxes = box_count(packed.offsets)
         decoder = numbered("_aux_{}", outputs.get("aux_outputs", ()), first=outputs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast import matcher as core
-from detr_fast.integrations.layer_losses import Entry, LayerLosses
+from detr_fast.integrations.layer_losses import Entry, LayerLosses, ListedTargets, answers_of
 from detr_fast.integrations.mode import Mode, check_mode
 from detr_fast.integrations.rtdetr.stacks import Layer, Matched, PairedBoxes
 from detr_fast.matcher import Pairs, check_batch_size, queries_of
@@ -95,11 +95,12 @@ class SetLosses(nn.Module):
         forbidden = self.matcher.report() if isinstance(self.matcher, core.HungarianMatcher) else None
         return None if forbidden is None else str(forbidden)
 
-    def _packed(self, outputs: Layer, targets: Sequence[Mapping[str, Tensor]]) -> Targets:
+    def _packed(self, outputs: Layer, targets: ListedTargets) -> Targets:
+        """Values of listed targets are checked where that costs no waiting, whatever the matcher skips."""
         logits = outputs["pred_logits"]
         check_batch_size(type(self).__name__, len(logits), len(targets))
-        skips = getattr(self.matcher, "invalid", None) == "skip"
-        return Targets.pack(targets, self.num_classes, check_values=not skips).to(logits.device)
+        packed = targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
+        return packed.to(logits.device)
 
     def _check_classes(self, predictions: Predictions, is_agnostic: bool = False) -> None:
         softmax = any(loss.kind == "softmax" for loss in self._class_losses)
@@ -113,20 +114,18 @@ class SetLosses(nn.Module):
     def _match(self, predictions: Predictions, targets: Targets, **options: Any) -> Tensor:  # [L, T] int32
         if isinstance(self.matcher, core.HungarianMatcher):
             return self.matcher(predictions, targets, **options)
-        sizes = targets.offsets.diff().tolist()
-        split = zip(targets.labels.split(sizes), targets.boxes.split(sizes), strict=True)
-        listed = [{"labels": labels, "boxes": boxes} for labels, boxes in split]
         found = []
-        with torch.no_grad():
-            for logits, boxes in zip(predictions.logits, predictions.boxes, strict=True):
-                pairs: Pairs | Mapping[str, Pairs]
-                pairs = self.matcher({"pred_logits": logits, "pred_boxes": boxes}, listed, **options)
-                pairs = pairs["indices"] if isinstance(pairs, Mapping) else pairs
-                found.append(queries_of(pairs, targets, logits.shape[1]))
+        for answer in answers_of(self.matcher, predictions, targets, **options):
+            pairs: Pairs = answer["indices"] if isinstance(answer, Mapping) else answer
+            found.append(queries_of(pairs, targets, predictions.logits.shape[2]))
         return torch.stack(found)
 
     def _seen_by_encoder(self, packed: Targets, zero: Targets) -> Targets:
-        """What a class-agnostic encoder is matched with: label 0 for all, in compat the labels as they are."""
+        """What a class-agnostic encoder is matched with: label 0 for all, in compat the labels as they are.
+
+        In compat a label above 0 is an error on the CPU, as in the published code. On a device, where looking would
+        wait, the matcher finds it out of range: such a target has no proposal, and is in the matcher's report.
+        """
         if self.mode == "stable" or zero is packed:
             return zero
         if packed.labels.device.type == "cpu":
