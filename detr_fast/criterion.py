@@ -18,7 +18,7 @@ from detr_fast.losses import mask_losses
 from detr_fast.matcher import HungarianMatcher, check_batch_size, check_class_options, queries_of
 from detr_fast.ops.dialect import DETR, Dialect
 from detr_fast.ops.set_loss import TERMS, LossKind, set_loss, weighted_set_loss
-from detr_fast.structures import Predictions, Targets
+from detr_fast.structures import Predictions, Targets, without_masks
 
 # Entries of a layer's losses under the names of facebookresearch/detr: name, term of set_loss, differentiable.
 _ENTRIES = {
@@ -194,6 +194,7 @@ class SetCriterion(nn.Module):
         predictions = outputs if isinstance(outputs, Predictions) else Predictions.from_dict(outputs)
         self._check_classes(predictions)
         check_batch_size("SetCriterion", predictions.logits.shape[1], len(targets))
+        targets = targets if "masks" in self.losses else without_masks(targets)
         return predictions, targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
 
     def options(self) -> tuple[Any, ...]:

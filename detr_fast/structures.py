@@ -135,6 +135,13 @@ class Predictions:
         return Predictions(self.logits.reshape(*shape, classes), self.boxes.reshape(*shape, 4))
 
 
+def without_masks(targets: Targets | Sequence[Mapping[str, Tensor]]) -> Targets | Sequence[Mapping[str, Tensor]]:
+    """For losses that need none: masks are large, and may have any form then."""
+    if isinstance(targets, Targets):
+        return targets if targets.masks is None else replace(targets, masks=None)
+    return [{name: value for name, value in own.items() if name != "masks"} for own in targets]
+
+
 def _stacked(layers: Sequence[Tensor]) -> Tensor:  # L x [...] -> [L, ...]
     """``torch.stack``; where the layers are all slices of one tensor, as decoders return them, that tensor itself.
 

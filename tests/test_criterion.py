@@ -431,3 +431,15 @@ def test_boxes_are_counted_across_ranks(tmp_path) -> None:
     torch.testing.assert_close(first["loss_bbox"], 2 * alone["loss_bbox"])
     torch.testing.assert_close(first["loss_ce"], alone["loss_ce"])
     assert second["loss_bbox"] == 0
+
+
+def test_masks_are_left_alone_where_no_loss_wants_them() -> None:
+    outputs = {"pred_logits": torch.zeros(2, 5, 4), "pred_boxes": torch.full((2, 5, 4), 0.5)}
+    plain = [{"labels": torch.tensor([label]), "boxes": torch.full((1, 4), 0.3)} for label in (0, 2)]
+    odd = [plain[0] | {"masks": torch.zeros(7, 7)}, plain[1]]  # of no form that a loss could use
+    criterion = SetCriterion(3, HungarianMatcher(1, 5, 2), {"loss_ce": 1.0}, 0.1, ["labels", "boxes"])
+    assert criterion(outputs, odd) == criterion(outputs, plain)
+    whole = Targets.pack([target | {"masks": torch.zeros(1, 7, 7)} for target in plain])
+    assert criterion(outputs, whole) == criterion(outputs, plain)
+    assert criterion.latest is not None
+    assert criterion.latest.targets.masks is None

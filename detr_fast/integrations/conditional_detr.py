@@ -6,7 +6,6 @@ from detr_fast.integrations.conditional_detr import SetCriterion, build_matcher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from torch import nn
 
@@ -20,10 +19,8 @@ __all__ = ["HungarianMatcher", "SetCriterion", "build_matcher"]
 class SetCriterion(deformable_detr.SetCriterion):
     """Criterion of Conditional DETR: :class:`detr_fast.integrations.deformable_detr.SetCriterion`, other order.
 
-    ``focal_alpha`` comes before ``losses``. There are no encoder proposals in its outputs; `mode` is as there.
+    ``focal_alpha`` comes before ``losses``. Its models have no encoder proposals; `mode` is as there.
     """
-
-    further_sets: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

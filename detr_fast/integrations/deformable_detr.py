@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from detr_fast import matcher
 from detr_fast.criterion import _Matched
-from detr_fast.integrations.layer_losses import (
-    Entry,
-    LayeredCriterion,
-    ListedTargets,
-    Outputs,
-    policy_of,
-    without_class,
-)
+from detr_fast.integrations.layer_losses import Entry, ListedTargets, without_class
+from detr_fast.integrations.layered_criterion import FocalAlpha, LayeredCriterion, Outputs, policy_of
 from detr_fast.integrations.mode import Mode, check_mode
 from detr_fast.structures import Predictions
 
@@ -51,7 +45,7 @@ class HungarianMatcher(matcher.HungarianMatcher):
         self.mode = mode
 
 
-class SetCriterion(LayeredCriterion):
+class SetCriterion(FocalAlpha, LayeredCriterion):
     """Criterion of Deformable DETR: sigmoid focal loss, L1, GIoU, masks, and losses of the encoder's proposals.
 
     ``criterion(outputs, targets)`` returns unweighted 0-d tensors: ``loss_ce``, ``class_error``, ``cardinality_error``,
@@ -65,9 +59,15 @@ class SetCriterion(LayeredCriterion):
         num_classes: logits of a query.
         focal_alpha: in [0, 1]. The published loss without alpha, for a negative one, is the one of 0.5 with twice its
             weight.
-        mode: both give the published numbers; what a matching without finite cost leads to is the matcher's `mode`.
-            In both a label that is not in ``[0, num_classes)`` is an error (targets on the CPU) or makes the class loss
-            NaN, where the published code silently takes the label `num_classes` for "no object".
+        mode: that of the matcher, whose docstring says what differs; the losses have the published numbers in both.
+
+    In both modes a label that is not in ``[0, num_classes)``, or a box of negative size, is an error that names the
+    image, if the targets are on the CPU. On a device nobody looks: in "stable" such a target is not matched and
+    ``matcher_report()`` tells, in "compat" the matcher raises the error. The published
+    matcher fails at such a label, or takes a negative one from the end.
+
+    Raises:
+        ValueError: `mode` is not that of a matcher that has one, or the matcher's class cost is a softmax.
     """
 
     entries = ENTRIES
@@ -84,7 +84,6 @@ class SetCriterion(LayeredCriterion):
         mode: Mode = "stable",
     ) -> None:
         super().__init__(num_classes, matcher, weight_dict, losses, mode, alpha=focal_alpha)
-        self.focal_alpha = focal_alpha
 
     def forward(self, outputs: Predictions | Outputs, targets: ListedTargets) -> dict[str, Tensor]:
         predictions, packed, decoder, num_boxes = self.decoder(outputs, targets)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from detr_fast import criterion, matcher
-from detr_fast.integrations.mode import Mode, check_mode
+from detr_fast.integrations.mode import Mode, check_mode, check_same_mode
 
 
 class HungarianMatcher(matcher.HungarianMatcher):
@@ -39,7 +39,10 @@ class SetCriterion(criterion.SetCriterion):
     """Criterion of facebookresearch/detr, with its entries and state dict; see :class:`detr_fast.SetCriterion`.
 
     Args:
-        mode: both give the published numbers. What a matching without finite cost leads to is the matcher's `mode`.
+        mode: that of the matcher, whose docstring says what differs; the losses have the published numbers in both.
+
+    Raises:
+        ValueError: `mode` is not that of a matcher that has one.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class SetCriterion(criterion.SetCriterion):
         mode: Mode = "stable",
     ) -> None:
         check_mode("SetCriterion", mode)
+        check_same_mode("SetCriterion", mode, matcher)
         super().__init__(num_classes, matcher, weight_dict, eos_coef, losses, kind="softmax")
         self.mode = mode
 

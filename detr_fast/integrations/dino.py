@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from detr_fast import matcher
 from detr_fast.criterion import _Matched
 from detr_fast.integrations import deformable_detr
-from detr_fast.integrations.layer_losses import (
-    Entry,
+from detr_fast.integrations.layer_losses import Entry, ListedTargets, cardinality_error
+from detr_fast.integrations.layered_criterion import (
+    FocalAlpha,
     LayeredCriterion,
-    ListedTargets,
     MatchedLayers,
     Outputs,
-    cardinality_error,
-    denoising_pairs,
     policy_of,
-    suffixes_of,
+    zeros_of,
 )
 from detr_fast.integrations.mode import Mode, check_mode
 from detr_fast.matcher import Pairs, pairs_of
@@ -39,7 +37,7 @@ _ENTRIES = {
 _WITHOUT_DENOISING = ("loss_bbox", "loss_giou", "loss_ce", "loss_xy", "loss_hw", "cardinality_error")
 
 
-class HungarianMatcher(matcher.HungarianMatcher):
+class HungarianMatcher(FocalAlpha, matcher.HungarianMatcher):
     """Matcher of DINO: class cost of the focal loss with alpha `focal_alpha` and gamma 2.
 
     Args:
@@ -58,10 +56,10 @@ class HungarianMatcher(matcher.HungarianMatcher):
     ) -> None:
         check_mode("HungarianMatcher", mode)
         super().__init__(cost_class, cost_bbox, cost_giou, alpha=focal_alpha, gamma=2.0, **policy_of(mode))
-        self.focal_alpha, self.mode = focal_alpha, mode
+        self.mode = mode
 
 
-class SetCriterion(LayeredCriterion):
+class SetCriterion(FocalAlpha, LayeredCriterion):
     """Criterion of DINO: sigmoid focal loss, L1, GIoU of decoder, denoising groups and encoder.
 
     ``criterion(outputs, targets)`` returns unweighted 0-d tensors: ``loss_ce``, ``class_error``, ``cardinality_error``,
@@ -80,7 +78,8 @@ class SetCriterion(LayeredCriterion):
     masks are then of the last layer only.
 
     Args:
-        num_classes, focal_alpha, mode: as of :class:`detr_fast.integrations.deformable_detr.SetCriterion`.
+        num_classes, focal_alpha, mode: as of :class:`detr_fast.integrations.deformable_detr.SetCriterion`, which also
+            says what becomes of faulty annotations.
     """
 
     entries = _ENTRIES
@@ -97,7 +96,6 @@ class SetCriterion(LayeredCriterion):
         mode: Mode = "stable",
     ) -> None:
         super().__init__(num_classes, matcher, weight_dict, losses, mode, alpha=focal_alpha)
-        self.focal_alpha = focal_alpha
 
     @overload
     def forward(
@@ -124,8 +122,7 @@ class SetCriterion(LayeredCriterion):
             losses = self.dictionary(*sets, self._denoised(meta, packed, num_boxes)) | masks
         else:
             losses = self.dictionary(*sets) | masks
-            names = [name + "_dn" + suffix for suffix in decoder.suffixes for name in _WITHOUT_DENOISING]
-            losses |= dict(zip(names, torch.zeros(len(names), device=packed.offsets.device).unbind(), strict=True))
+            losses |= zeros_of(_WITHOUT_DENOISING, decoder.suffixes, packed.offsets.device)
         if not return_indices:
             return losses
         rows = [row for own in sets for row in own.query_of_target]
@@ -134,17 +131,15 @@ class SetCriterion(LayeredCriterion):
 
     def _denoised(self, meta: dict[str, Any], targets: Targets, num_boxes: Tensor) -> MatchedLayers:
         groups, size = meta["num_dn_group"], meta["pad_size"]
-        if size % groups != 0:
+        if groups < 1 or size % groups != 0:
             raise ValueError(f"SetCriterion: pad_size of dn_meta must be a multiple of {groups} groups, got {size}")
-        predictions, _ = self.structured(meta["output_known_lbs_bboxes"], targets)
-        query, repeated = denoising_pairs(targets, groups, size // groups)
-        query_of_target = query.repeat(len(predictions.logits), 1)
-        values = self.values(predictions, repeated, query_of_target, num_boxes * groups)
-        if "cardinality" in self.losses:  # published with each target counted once
-            at = self.terms.index("cardinality_error")
-            found = cardinality_error(predictions.logits, targets.offsets).to(values.dtype)
-            values = torch.cat([values[:, :at], found[:, None], values[:, at + 1 :]], dim=1)
-        return MatchedLayers(values, suffixes_of(len(values), "_dn", "_dn_{}"), query_of_target)
+        known = meta["output_known_lbs_bboxes"]
+        predictions, layers = self.denoised(known, targets, num_boxes, groups, size // groups)
+        if "cardinality" not in self.losses:
+            return layers
+        at, values = self.terms.index("cardinality_error"), layers.values
+        found = cardinality_error(predictions.logits, targets.offsets).to(values.dtype)  # each target counted once
+        return layers._replace(values=torch.cat([values[:, :at], found[:, None], values[:, at + 1 :]], dim=1))
 
     def values(
         self, predictions: Predictions, targets: Targets, query_of_target: Tensor, num_boxes: Tensor
@@ -154,7 +149,7 @@ class SetCriterion(LayeredCriterion):
         return torch.cat([values, parts.to(values.dtype)], dim=1)
 
     def _sets_beside(self, outputs: Predictions | Outputs) -> str | None:
-        return "the sets of DINO"
+        return "denoising queries"
 
 
 @torch.no_grad()
@@ -165,7 +160,7 @@ def center_and_size_distance(
 ) -> Tensor:
     """The two halves of the L1 distance of matched boxes, of centers and of sizes, summed: ``[L, 2]``."""
     rows = torch.arange(len(targets.labels), device=boxes.device, dtype=torch.int32)
-    image = (torch.searchsorted(targets.offsets, rows, right=True) - 1).clamp(max=len(targets) - 1)
+    image = targets.image_of_row()
     query = query_of_target.long()
     layer = torch.arange(len(boxes), device=boxes.device)[:, None]
     chosen = boxes[layer, image, query.clamp(min=0)]  # [L, T, 4]

@@ -8,7 +8,6 @@ Source: Peng et al., "D-FINE: Redefine Regression Task in DETRs as Fine-grained 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.boxes import box_cxcywh_to_xyxy
+from detr_fast.integrations.constants import Constants
 
 TEMPERATURE = 5.0
+_weightings = Constants(16)
 
 
 class Bins(NamedTuple):
@@ -47,10 +48,11 @@ def weighting(reg_max: int, up: Tensor, reg_scale: Tensor | float) -> Tensor:
     return torch.cat([-outer, inner, outer])
 
 
-@lru_cache(maxsize=16)
 def _constant_weighting(reg_max: int, up: float, reg_scale: float, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return weighting(reg_max, torch.tensor([up], device="cpu"), reg_scale).to(device)
+    return _weightings.get(
+        (reg_max, up, reg_scale, device),
+        lambda: weighting(reg_max, torch.tensor([up], device="cpu"), reg_scale).to(device),
+    )
 
 
 @torch.no_grad()

@@ -20,19 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from detr_fast.captured import CapturedCriterion
-from detr_fast.criterion import SetCriterion, _Entries, _Matched, mean_box_count
-from detr_fast.integrations.mode import Mode, check_mode
-from detr_fast.ops.dialect import DETR, Dialect
-from detr_fast.ops.set_loss import TERMS, LossKind, set_loss
+from detr_fast.criterion import _Entries, mean_box_count
+from detr_fast.integrations.constants import Constants
+from detr_fast.ops.set_loss import TERMS
 from detr_fast.structures import Predictions, Targets
 
-Outputs = Mapping[str, Any]
 ListedTargets = Targets | Sequence[Mapping[str, Tensor]]
 
 
@@ -67,7 +65,7 @@ class LayerLosses:
                 raise ValueError(f"LayerLosses: term of {entry.name} must be of {self.terms}, got {entry.term!r}")
         if weight_dict is not None and len({entry.term for entry in self.entries}) < len(self.entries):
             raise ValueError("LayerLosses: entries must each have a term of their own if they are weighted")
-        self._latest: tuple[object, Tensor] | None = None
+        self._constants = Constants(64)
 
     def __call__(self, values: Tensor, suffixes: Sequence[str]) -> dict[str, Tensor]:
         """``values [N, terms]`` with a suffix for each row. A row without suffix, the result, is named first.
@@ -101,12 +99,9 @@ class LayerLosses:
         """Kept on the device while they stay the same: a copy to it would wait."""
         assert self.weight_dict is not None
         known = {entry.term: float(self.weight_dict.get(entry.name, 1.0)) for entry in self.entries}
-        key = (tuple(known.values()), values.device, values.dtype)
-        if self._latest is None or self._latest[0] != key:
-            row = [known.get(term, 1.0) for term in self.terms]
-            with torch.inference_mode(False):
-                self._latest = key, torch.tensor(row, dtype=values.dtype).to(values.device)
-        return self._latest[1]
+        row = [known.get(term, 1.0) for term in self.terms]
+        key = (*row, values.device, values.dtype)
+        return self._constants.get(key, lambda: torch.tensor(row, dtype=values.dtype).to(values.device))
 
 
 def suffixes_of(layers: int, last: str = "", other: str = "_{}") -> list[str]:
@@ -119,10 +114,27 @@ def without_class(targets: Targets) -> Targets:
     return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
+def at_least_one(
+    count: Tensor | None,  # [] float32; None: the targets of this process
+    offsets: Tensor,  # [B + 1]
+) -> Tensor:
+    """What losses are divided by, ``[]`` float32."""
+    return (offsets[-1].to(torch.float32) if count is None else count).clamp(min=1)
+
+
 def box_count(offsets: Tensor) -> Tensor:
     """Normaliser of the published code, ``[]`` float32: targets of all ranks by the number of ranks, at least 1."""
-    count = mean_box_count(offsets)
-    return (offsets[-1].to(torch.float32) if count is None else count).clamp(min=1)
+    return at_least_one(mean_box_count(offsets), offsets)
+
+
+def answers_of(matcher: Any, predictions: Predictions, targets: Targets, **options: Any) -> Iterator[Any]:
+    """What a matcher with a code base's call says of each layer. Reads the targets' number back."""
+    bounds = [slice(*pair) for pair in pairwise(targets.offsets.tolist())]
+    listed = [{"labels": targets.labels[own], "boxes": targets.boxes[own]} for own in bounds]
+    for logits, boxes in zip(predictions.logits.detach(), predictions.boxes.detach(), strict=True):
+        with torch.no_grad():
+            answer = matcher({"pred_logits": logits, "pred_boxes": boxes}, listed, **options)
+        yield answer
 
 
 def denoising_pairs(targets: Targets, groups: int, stride: int) -> tuple[Tensor, Targets]:
@@ -132,10 +144,9 @@ def denoising_pairs(targets: Targets, groups: int, stride: int) -> tuple[Tensor,
     those of images, so that both fit set_loss. Nothing is read back.
     """
     repeated = targets.repeated(groups)
-    offsets = repeated.offsets  # [B * groups + 1]
-    rows = torch.arange(len(repeated.labels), device=offsets.device, dtype=torch.int32)
-    problem = (torch.searchsorted(offsets, rows, right=True, out_int32=True) - 1).clamp(max=len(offsets) - 2)
-    query = problem % groups * stride + rows - offsets[problem.long()]
+    offsets, problem = repeated.offsets, repeated.image_of_row()  # [B * groups + 1], image * groups + group
+    rows = torch.arange(len(problem), device=offsets.device)
+    query = problem % groups * stride + rows - offsets[problem]
     query = query.where(rows < offsets[-1], -1).to(torch.int32)
     most = targets.max_count * groups
     return query, replace(repeated, offsets=offsets[::groups].contiguous(), max_count=most)
@@ -149,135 +160,3 @@ def cardinality_error(logits: Tensor, offsets: Tensor) -> Tensor:
     """
     found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # [L, B]
     return (found - offsets.diff()).abs().to(torch.float32).mean(-1)
-
-
-class MatchedLayers(NamedTuple):
-    """Losses of some layers and the matching that they were computed with."""
-
-    values: Tensor  # [N, terms]
-    suffixes: Sequence[str]  # of the layers
-    query_of_target: Tensor  # [N, T] int32
-
-
-class LayeredCriterion(SetCriterion):
-    """A :class:`SetCriterion` with the names of another code base and sets of layers beside the decoder's.
-
-    A subclass says what the entries of each of its `losses` are, and adds its sets in ``forward``: those that
-    :meth:`decoder` and :meth:`evaluate` return go to :meth:`dictionary`. Where `outputs` has one of `further_sets`,
-    :meth:`weighted_loss` is the weighted sum of what ``forward`` returns, without its one launch, and :meth:`capture`
-    is refused.
-    """
-
-    entries: ClassVar[Mapping[str, tuple[Entry, ...]]]
-    terms: ClassVar[tuple[str, ...]] = TERMS
-    further_sets: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(
-        self,
-        num_classes: int,
-        matcher: nn.Module,
-        weight_dict: dict[str, float],
-        losses: Sequence[str],
-        mode: Mode,
-        *,
-        kind: LossKind = "focal",
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        eos_coef: float = 1.0,
-        dialect: Dialect = DETR,
-    ) -> None:
-        name = type(self).__name__
-        check_mode(name, mode)
-        for loss in losses:
-            if loss not in self.entries:
-                raise ValueError(f"{name}: losses must be of {', '.join(self.entries)}, got {loss!r}")
-        check_focal_alpha(name, alpha)
-        options: dict[str, Any] = {"kind": kind, "alpha": alpha, "gamma": gamma, "dialect": dialect}
-        super().__init__(num_classes, matcher, weight_dict, eos_coef, [], **options)
-        self.losses, self.mode = list(losses), mode
-        if kind != "softmax":  # the published criteria have no state then
-            self.register_buffer("empty_weight", self.empty_weight, persistent=False)
-
-    def named(self) -> LayerLosses:
-        return LayerLosses([entry for loss in self.losses for entry in self.entries[loss]], terms=self.terms)
-
-    def _entries(self, layers: int) -> Iterator[tuple[str, int, bool]]:
-        return self.named().positions(suffixes_of(layers))
-
-    def decoder(
-        self, outputs: Predictions | Outputs, targets: ListedTargets
-    ) -> tuple[Predictions, Targets, MatchedLayers, Tensor]:
-        """Predictions and packed targets of the decoder, its layers, and the normaliser ``[]`` of all sets."""
-        matched = self._matched(outputs, targets)
-        count = matched.targets.offsets[-1].to(torch.float32) if matched.num_boxes is None else matched.num_boxes
-        num_boxes, predictions = count.clamp(min=1), matched.predictions
-        values = self.values(predictions, matched.targets, matched.query_of_target, num_boxes)
-        layers = MatchedLayers(values, suffixes_of(len(values)), matched.query_of_target)
-        return predictions, matched.targets, layers, num_boxes
-
-    def evaluate(
-        self,
-        outputs: Predictions | Outputs,
-        targets: Targets,
-        suffixes: Sequence[str],
-        num_boxes: Tensor,
-        listed: ListedTargets | None = None,
-    ) -> MatchedLayers:
-        """Matches the layers of `outputs` in one call and computes their losses in another.
-
-        A foreign matcher is given `listed` in place of `targets`.
-        """
-        predictions, _ = self.structured(outputs, targets)
-        query_of_target = self._match(predictions, targets, outputs, targets if listed is None else listed)
-        values = self.values(predictions, targets, query_of_target, num_boxes)
-        return MatchedLayers(values, suffixes, query_of_target)
-
-    def values(
-        self, predictions: Predictions, targets: Targets, query_of_target: Tensor, num_boxes: Tensor
-    ) -> Tensor:  # [L, terms]
-        arguments = _Matched(predictions, targets, query_of_target, num_boxes).arguments()
-        return set_loss(*arguments, *self._loss_options(num_boxes))
-
-    def dictionary(self, *sets: MatchedLayers) -> dict[str, Tensor]:
-        values = torch.cat([own.values for own in sets]) if len(sets) > 1 else sets[0].values
-        return self.named()(values, [suffix for own in sets for suffix in own.suffixes])
-
-    def weighted_loss(
-        self, outputs: Predictions | Outputs, targets: ListedTargets, joint: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self._sets_beside(outputs) is None:
-            return super().weighted_loss(outputs, targets, joint)
-        if joint is not None:
-            raise ValueError(f"{type(self).__name__}.weighted_loss: joint must be None for outputs with further sets")
-        losses = self(outputs, targets)
-        return self.weighted_sum(losses), {name: value.detach() for name, value in losses.items()}
-
-    def capture(self, example: Predictions | Outputs, capacity: int, max_count: int | None = None) -> CapturedCriterion:
-        found = self._sets_beside(example)
-        if found is not None:
-            raise ValueError(
-                f"{type(self).__name__}.capture: outputs must be decoder layers alone, matched one to one, got {found}"
-            )
-        return super().capture(example, capacity, max_count)
-
-    def _sets_beside(self, outputs: Predictions | Outputs) -> str | None:
-        """The first set that `outputs` has beside its decoder layers."""
-        if isinstance(outputs, Predictions):
-            return None
-        return next((name for name in self.further_sets if name in outputs), None)
-
-
-def check_focal_alpha(name: str, alpha: float) -> None:
-    """The published losses take any alpha, and a negative one for no weights at all."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(
-            f"{name}: alpha of the focal loss must be in [0, 1], got {alpha}; "
-            "a loss without alpha is the one of 0.5 with twice its weight in weight_dict"
-        )
-
-
-def policy_of(mode: Mode) -> dict[str, Any]:
-    """Options of a focal :class:`HungarianMatcher`: the published formula and a check, or exact and never waiting."""
-    if mode == "compat":
-        return {"kind": "focal", "invalid": "raise"}
-    return {"kind": "focal_stable", "invalid": "skip"}

@@ -17,6 +17,9 @@ CODE_BASES = {
 }
 
 
+ABSENT = object()
+
+
 class Replacement(NamedTuple):
     """One place of a code base and what belongs there instead: an attribute, or an entry if `owner` is a mapping."""
 
@@ -26,9 +29,9 @@ class Replacement(NamedTuple):
     report: Callable[[], str | None] | None = None  # what `value` skipped since the last report; may wait for a device
 
     def current(self) -> Any:
-        return (
-            self.owner[self.attribute] if isinstance(self.owner, MutableMapping) else vars(self.owner)[self.attribute]
-        )
+        """What is there now; `ABSENT` if nothing is."""
+        entries = self.owner if isinstance(self.owner, MutableMapping) else vars(self.owner)
+        return entries.get(self.attribute, ABSENT)
 
     def put(self, value: Any) -> None:
         if isinstance(self.owner, MutableMapping):
@@ -44,19 +47,30 @@ class Patch:
         self.code_base, self.mode = code_base, mode
         self._replacements = tuple(replacements)
         self._originals = [replacement.current() for replacement in self._replacements]
-        self.is_active = True
+        for replacement, original in zip(self._replacements, self._originals, strict=True):
+            if original is ABSENT:
+                raise ImportError(f"patch: {replacement.owner!r} must have {replacement.attribute!r}", name=code_base)
+        self._is_undone = False
         for replacement in self._replacements:
             replacement.put(replacement.value)
 
+    @property
+    def is_active(self) -> bool:
+        return not self._is_undone
+
     def undo(self) -> None:
-        """Puts back what was there. A second call does nothing; what others replaced since then stays theirs."""
-        if not self.is_active:
+        """Puts back what was there. A second call does nothing; what others replaced or deleted since stays theirs.
+
+        After an error, the patch is still active and may be undone again.
+        """
+        if self._is_undone:
             return
-        self.is_active = False
-        _active.pop(self.code_base, None)
         for replacement, original in zip(self._replacements, self._originals, strict=True):
             if replacement.current() is replacement.value:
                 replacement.put(original)
+        self._is_undone = True
+        if _active.get(self.code_base) is self:
+            del _active[self.code_base]
 
     def report(self) -> str | None:
         """What the matchers skipped since the last report (predictions that are not finite), or None.
@@ -81,14 +95,18 @@ class Patch:
 
 
 class _NestedPatch(Patch):
-    """A patch of what is patched already: changes nothing, and so does undoing it."""
+    """A patch of what is patched already: changes nothing, nor does undoing it, and it ends with the other."""
 
     def __init__(self, outer: Patch) -> None:
         super().__init__(outer.code_base, outer.mode, ())
         self._outer = outer
 
+    @property
+    def is_active(self) -> bool:
+        return self._outer.is_active and not self._is_undone
+
     def undo(self) -> None:
-        self.is_active = False
+        self._is_undone = True
 
     def report(self) -> str | None:
         return self._outer.report()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from integrations.definitions import deformable_detr as definition
 from integrations.test_detr_adapter import (
     CLASSES,
@@ -33,6 +34,18 @@ def test_losses_are_those_of_the_definition(counts: tuple[int, ...], mode: str) 
         outputs, criterion(outputs, draw.targets), definition.criterion(outputs, draw.targets, COSTS, 0.3)
     )
     assert criterion.focal_alpha == 0.3
+
+
+def test_weighted_loss_is_the_weighted_sum() -> None:
+    draw = Draw(COUNTS["usual"])
+    weights = {"loss_ce": 2.0, "loss_ce_enc": 3.0, "loss_bbox_0": 5.0}
+    criterion = SetCriterion(CLASSES, HungarianMatcher(*COSTS), weights, 0.25, LOSSES)
+    for further in ({}, {"enc_outputs": draw.layer(queries=30)}):
+        outputs = {**draw.layers(), **further}
+        losses = criterion(outputs, draw.targets)
+        total, entries = criterion.weighted_loss(outputs, draw.targets)
+        torch.testing.assert_close(total, criterion.weighted_sum(losses))
+        assert list(entries) == list(losses)
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("conditional_*.npz")), ids=lambda file: file.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from integrations.definitions import deformable_detr as definition
 from integrations.definitions.detr import match
+from integrations.reading import assert_reads_nothing
 from integrations.test_detr_adapter import (
     CLASSES,
     COSTS,
@@ -17,7 +19,6 @@ from integrations.test_detr_adapter import (
     GOLDEN,
     MODES,
     Draw,
-    assert_reads_nothing,
     assert_recorded,
     assert_same_losses,
     assert_same_pairs,
@@ -26,6 +27,7 @@ from integrations.test_detr_adapter import (
 )
 from torch import nn
 
+import detr_fast
 from detr_fast import Predictions, Targets
 from detr_fast.integrations.deformable_detr import HungarianMatcher, SetCriterion, build_matcher
 from detr_fast.integrations.layer_losses import Entry, LayerLosses
@@ -131,7 +133,7 @@ def test_structures_and_weighted_loss() -> None:
         assert not any(value.requires_grad for value in entries.values())
     with pytest.raises(ValueError, match=r"weighted_loss: joint must be None"):
         criterion.weighted_loss(own, draw.targets, torch.ones(2))
-    with pytest.raises(ValueError, match=r"capture: outputs must be decoder layers alone.*got enc_outputs"):
+    with pytest.raises(ValueError, match=r"capture: losses must be of decoder layers alone.*also of enc_outputs"):
         criterion.capture(own, 10)
     total, _ = criterion.capture(outputs, 10)(outputs, draw.targets)
     torch.testing.assert_close(total, criterion.weighted_loss(outputs, draw.targets)[0])
@@ -163,6 +165,57 @@ def test_masks_are_of_the_last_layer() -> None:
     assert [name for name in losses if "mask" in name or "dice" in name] == ["loss_mask", "loss_dice"]
     (losses["loss_mask"] + losses["loss_dice"]).backward()
     assert masks.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("has_masks", [(True, False), (True, True)], ids=str)
+def test_masks_that_no_loss_uses_are_not_looked_at(has_masks: tuple[bool, bool]) -> None:
+    draw = Draw((3, 2))
+    outputs, criterion = draw.layers(), criterion_of()
+    expected = criterion(outputs, draw.targets)
+    masks = {"masks": torch.ones(8, 8)}  # of the image, not of its objects
+    targets = [own | masks if has else own for own, has in zip(draw.targets, has_masks, strict=True)]
+    found = criterion(outputs, targets)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    packed = replace(Targets.pack(draw.targets), masks=(torch.ones(3, 8, 8), torch.ones(2, 8, 8)))
+    assert criterion.structured(outputs, packed)[1].masks is None
+    assert criterion_of(losses=["masks"]).structured(outputs, packed)[1].masks is packed.masks
+
+
+@pytest.mark.parametrize("fault", ["label", "size"])
+def test_annotations_that_nobody_checks_are_reported_or_refused(fault: str) -> None:
+    """As of targets on a device: these are packed without a look at their values."""
+    draw = Draw((3, 2))
+    if fault == "label":
+        draw.targets[1]["labels"][0] = CLASSES
+    else:
+        draw.targets[1]["boxes"][0, 2] = -0.1
+    packed, outputs = Targets.pack(draw.targets, check_values=False), draw.layers()
+    with pytest.raises(ValueError, match="image 1 of the batch, target 0"):
+        criterion_of("compat")(outputs, packed)
+    criterion = criterion_of("stable")
+    assert all(value.isfinite() for value in criterion(outputs, packed).values())
+    assert "image 1, target 0" in criterion.matcher_report()
+    for mode in MODES:
+        with pytest.raises(ValueError, match="image 1 of the batch, target 0"):
+            criterion_of(mode)(outputs, draw.targets)
+
+
+def test_a_matcher_that_computes_otherwise_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode must be that of its matcher, 'compat', got 'stable'"):
+        SetCriterion(CLASSES, HungarianMatcher(mode="compat"), {}, LOSSES)
+    with pytest.raises(ValueError, match="mode must be that of its matcher, 'stable', got 'compat'"):
+        SetCriterion(CLASSES, HungarianMatcher(), {}, LOSSES, mode="compat")
+    with pytest.raises(ValueError, match=r"matcher must have a sigmoid class cost.*last of 7 labels"):
+        SetCriterion(CLASSES, detr_fast.HungarianMatcher(), {}, LOSSES)
+    assert SetCriterion(CLASSES, detr_fast.HungarianMatcher(kind="focal"), {}, LOSSES, mode="compat").mode == "compat"
+
+
+def test_alpha_follows_its_published_name() -> None:
+    draw = Draw((3, 2))
+    outputs, criterion = draw.layers(), criterion_of(focal_alpha=0.25)
+    criterion.focal_alpha = 0.4
+    expected = definition.criterion(outputs, draw.targets, COSTS, 0.4)
+    assert_same_losses(outputs, criterion(outputs, draw.targets), expected)
 
 
 def test_losses_may_be_multiplied_in_place() -> None:

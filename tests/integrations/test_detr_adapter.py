@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from integrations.definitions import detr as definition
+from integrations.reading import assert_reads_nothing
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
 import detr_fast
 from detr_fast.integrations.detr import HungarianMatcher, SetCriterion, build_matcher
@@ -126,17 +125,6 @@ def assert_recorded(file: Path, build: Callable[[dict[str, Any], dict[str, float
         assert np.abs(leaf.grad.numpy() - expected).max() <= RELATIVE * max(np.abs(expected).max(), 1e-12)
 
 
-def assert_reads_nothing(criterion: Any, outputs: Outputs, targets: list[Target], *more: Any) -> None:
-    """Losses and gradients are computed from tensors that have no values, so that nobody can wait for them."""
-    packed = detr_fast.Targets.pack(targets)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        outputs, *more = tree_map_only(Tensor, mode.from_tensor, [outputs, *more])
-        empty = (mode.from_tensor(x) for x in (packed.labels, packed.boxes, packed.offsets))
-        losses = criterion(outputs, detr_fast.Targets(*empty, packed.max_count), *more)
-        assert all(value.shape == () for value in losses.values())
-        gradients_of(losses, list(leaves_of([outputs, *more])))
-
-
 def criterion_of(mode: str, costs: tuple[float, float, float] = COSTS) -> SetCriterion:
     matcher = HungarianMatcher(*costs, mode=mode)
     return SetCriterion(CLASSES, matcher, {}, 0.1, ["labels", "boxes", "cardinality"], mode=mode)
@@ -208,6 +196,14 @@ def test_nothing_is_read_back() -> None:
     assert_reads_nothing(criterion_of("stable"), draw.layers(classes=CLASSES + 1), draw.targets)
 
 
+def test_masks_that_no_loss_uses_are_not_looked_at() -> None:
+    draw = Draw((3, 2))
+    outputs, criterion = draw.layers(classes=CLASSES + 1), criterion_of("stable")
+    expected = criterion(outputs, draw.targets)
+    found = criterion(outputs, [{**draw.targets[0], "masks": torch.ones(8, 8)}, draw.targets[1]])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_state_and_options_are_the_published_ones() -> None:
     assert list(criterion_of("stable").state_dict()) == ["empty_weight"]
     matcher = build_matcher(Namespace(set_cost_class=1, set_cost_bbox=5, set_cost_giou=2), mode="compat")
@@ -215,6 +211,8 @@ def test_state_and_options_are_the_published_ones() -> None:
     assert HungarianMatcher().cost_bbox == 1
     with pytest.raises(ValueError, match="SetCriterion: mode must be 'stable' or 'compat', got 'fast'"):
         SetCriterion(7, matcher, {}, 0.1, [], mode="fast")
+    with pytest.raises(ValueError, match="mode must be that of its matcher, 'compat', got 'stable'"):
+        SetCriterion(7, matcher, {}, 0.1, [])
     with pytest.raises(ValueError, match="HungarianMatcher: mode must be"):
         HungarianMatcher(mode="fast")
     with pytest.raises(ValueError, match="at least one of cost_class"):

@@ -9,13 +9,13 @@ import torch
 from integrations.definitions import detrex as definition
 from integrations.definitions.deformable_detr import without_class
 from integrations.definitions.detr import match
+from integrations.reading import assert_reads_nothing
 from integrations.test_detr_adapter import (
     CLASSES,
     COSTS,
     COUNTS,
     MODES,
     Draw,
-    assert_reads_nothing,
     assert_same_losses,
     assert_same_pairs,
     gradients_of,
@@ -212,8 +212,8 @@ def test_predictions_without_finite_cost(mode: str) -> None:
     outputs = draw.layers(queries=10)
     outputs["pred_logits"].data[1, 4] = torch.nan
     criteria: dict[str, Any] = {
-        "one": SetCriterion(CLASSES, HungarianMatcher(*COSTS, mode=mode), {}),
-        "groups": GroupSetCriterion(CLASSES, GroupHungarianMatcher(*COSTS, mode=mode), {}, 2),
+        "one": SetCriterion(CLASSES, HungarianMatcher(*COSTS, mode=mode), {}, mode=mode),
+        "groups": GroupSetCriterion(CLASSES, GroupHungarianMatcher(*COSTS, mode=mode), {}, 2, mode=mode),
     }
     for criterion in criteria.values():
         if mode == "compat":
@@ -266,8 +266,90 @@ def test_weighted_loss() -> None:
         total, entries = criterion.weighted_loss(outputs, draw.targets)
         assert list(entries) == list(losses)
         torch.testing.assert_close(total, sum(losses[name] * weights[name] for name in losses if name in weights))
-    with pytest.raises(ValueError, match="matched one to one, got groups of queries"):
+    with pytest.raises(ValueError, match="matched one to one, here also of further groups of queries"):
         criterion.capture(outputs, 10)
+
+
+@pytest.mark.parametrize("proposals", [True, False])
+@pytest.mark.parametrize("denoises", [True, False])
+def test_weighted_loss_has_denoising(denoises: bool, proposals: bool) -> None:
+    draw = Draw(COUNTS["usual"])
+    outputs = {**draw.layers(), **({"enc_outputs": draw.layer(queries=30)} if proposals else {})}
+    known = draw.layers(queries=GROUPS * STRIDE)
+    metas = {"output_known_lbs_bboxes": known, "dn_num": GROUPS, "single_padding": STRIDE} if denoises else None
+    weights = {"loss_class": 2.0, "loss_bbox_dn": 5.0, "loss_class_dn_1": 3.0}
+    criterion = DINOCriterion(CLASSES, HungarianMatcher(*COSTS), weights)
+    losses = criterion(outputs, draw.targets, metas)
+    total, entries = criterion.weighted_loss(outputs, draw.targets, metas)
+    assert list(entries) == list(losses)
+    torch.testing.assert_close(total, criterion.weighted_sum(losses))
+    assert not any(value.requires_grad for value in entries.values())
+    with pytest.raises(ValueError, match=r"DINOCriterion.weighted_loss: joint must be None"):
+        criterion.weighted_loss(outputs, draw.targets, metas, joint=torch.ones(2))
+    with pytest.raises(ValueError, match=r"DINOCriterion.capture: losses must be .* here also of denoising queries"):
+        criterion.capture(draw.layers(), 10)
+
+
+@pytest.mark.parametrize(("groups", "stride"), [(2, STRIDE), (GROUPS, STRIDE + 1)])
+def test_denoising_groups_that_do_not_fit(groups: int, stride: int) -> None:
+    draw = Draw((3, 2))
+    known = draw.layers(queries=GROUPS * STRIDE)
+    metas = {"output_known_lbs_bboxes": known, "dn_num": groups, "single_padding": stride}
+    with pytest.raises(ValueError, match=f"denoising queries must be {groups} groups of {stride}, got 78 queries"):
+        DINOCriterion(CLASSES, HungarianMatcher(), {})(draw.layers(), draw.targets, metas)
+
+
+def test_diagnostics_are_not_those_of_an_earlier_batch() -> None:
+    draw = Draw(COUNTS["usual"])
+    outputs = draw.layers(queries=10)
+    criterion = GroupSetCriterion(CLASSES, GroupHungarianMatcher(*COSTS), {}, 2)
+    criterion.eval()(outputs, draw.targets)
+    assert criterion.diagnostics() is not None
+    criterion.train()(outputs, draw.targets)
+    assert criterion.diagnostics() is None
+
+
+def test_matchers_that_compute_otherwise_are_refused() -> None:
+    class OwnMatcher(GroupHungarianMatcher):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            raise NotImplementedError
+
+    class NamedMatcher(GroupHungarianMatcher):
+        pass
+
+    draw = Draw((3, 2))
+    outputs = draw.layers(queries=10)
+    with pytest.raises(TypeError, match=r"without a forward of its own, got .*OwnMatcher"):
+        GroupSetCriterion(CLASSES, OwnMatcher(), {}, 2)(outputs, draw.targets)
+    assert GroupSetCriterion(CLASSES, NamedMatcher(), {}, 2)(outputs, draw.targets)
+    for criterion in (SetCriterion, GroupSetCriterion):
+        with pytest.raises(ValueError, match=r"matcher must have a sigmoid class cost.*last of 7 labels"):
+            criterion(CLASSES, HungarianMatcher(cost_class_type="ce_cost"), {})
+        with pytest.raises(ValueError, match="mode must be that of its matcher, 'compat', got 'stable'"):
+            criterion(CLASSES, HungarianMatcher(mode="compat"), {})
+    with pytest.raises(ValueError, match="mode must be that of its matcher"):
+        SetCriterion(CLASSES, ModifedMatcher(mode="compat"), {})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exchangeable_costs_are_those_at_the_call(mode: str) -> None:
+    draw = Draw(COUNTS["usual"])
+    outputs, matcher = draw.layer(), ModifedMatcher(mode=mode)
+    listed = [[target[name] for target in draw.targets] for name in ("labels", "boxes")]
+    arguments = (outputs["pred_logits"], outputs["pred_boxes"], *listed)
+    matcher.cost_class.weight, matcher.cost_bbox.weight, matcher.cost_giou.weight = 9.0, 0.5, 0.1
+    expected = definition.matching(outputs, draw.targets, (9.0, 0.5, 0.1))
+    assert [x.tolist() for x, _ in expected] != [x.tolist() for x, _ in ModifedMatcher(mode=mode)(*arguments)]
+    assert_same_pairs(matcher(*arguments), expected)
+    matcher.cost_class = CrossEntropyCost(9.0)
+    expected = definition.matching(outputs, draw.targets, (9.0, 0.5, 0.1), "ce_cost")
+    assert_same_pairs(matcher(*arguments), expected)
+    one = HungarianMatcher(*COSTS, mode=mode)
+    one.cost_class, one.cost_bbox, one.alpha = 9.0, 0.5, 0.4
+    found = one({name: outputs[name] for name in ("pred_logits", "pred_boxes")}, draw.targets)
+    assert_same_pairs(found, definition.matching(outputs, draw.targets, (9.0, 0.5, 2.0), alpha=0.4))
+    with pytest.raises(AttributeError):
+        one.cost_class_type = "ce_cost"
 
 
 def test_options_that_are_not_there() -> None:

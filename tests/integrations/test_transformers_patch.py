@@ -33,9 +33,12 @@ REPLACED = {
 def _unpatched() -> Iterator[None]:
     before = dict(loss_utils.LOSS_MAPPING)
     yield
-    for active in [*patching._active.values()]:
-        active.undo()
-    assert before == loss_utils.LOSS_MAPPING
+    try:
+        for active in [*patching._active.values()]:
+            active.undo()
+        assert before == loss_utils.LOSS_MAPPING
+    finally:  # whatever failed, other tests find the package
+        loss_utils.LOSS_MAPPING.update(before)
 
 
 def changed(before: dict[str, object]) -> set[str]:
@@ -94,6 +97,63 @@ def test_what_others_replaced_since_stays_theirs() -> None:
     loss_utils.LOSS_MAPPING["ForObjectDetection"] = original
 
 
+def test_what_others_deleted_since_stays_away() -> None:
+    before = dict(loss_utils.LOSS_MAPPING)
+    original, made = loss_utils.ForObjectDetectionLoss, patch("transformers")
+    del loss_utils.LOSS_MAPPING["ForSegmentation"]
+    del loss_utils.ForSegmentationLoss
+    made.undo()
+    assert "ForSegmentation" not in loss_utils.LOSS_MAPPING
+    assert not hasattr(loss_utils, "ForSegmentationLoss")
+    assert loss_utils.ForObjectDetectionLoss is original
+    assert not made.is_active
+    loss_utils.LOSS_MAPPING.update(before)
+    loss_utils.ForSegmentationLoss = before["ForSegmentation"]
+    with patch("transformers"):  # whose originals are not ours
+        assert changed(before) == REPLACED & set(before)
+    assert not changed(before)
+
+
+def test_an_error_while_undoing_leaves_the_patch_active() -> None:
+    class Owner(dict):  # type: ignore[type-arg]
+        is_locked = False
+
+        def __setitem__(self, name: str, value: object) -> None:
+            if self.is_locked:
+                raise OSError(f"{name} is locked")
+            super().__setitem__(name, value)
+
+    owner = Owner(first=1, second=2)
+    made = Patch("nothing", "stable", [Replacement(owner, "first", 3), Replacement(owner, "second", 4)])
+    owner.is_locked = True
+    with pytest.raises(OSError, match="first is locked"):
+        made.undo()
+    assert made.is_active
+    owner.is_locked = False
+    made.undo()
+    assert owner == {"first": 1, "second": 2}
+    assert not made.is_active
+
+
+def test_a_nested_patch_ends_with_the_outer_one() -> None:
+    outer, inner = patch("transformers"), patch("transformers")
+    assert inner.is_active
+    outer.undo()
+    assert not inner.is_active
+    assert "undone" in repr(inner)
+    with patch("transformers"):
+        assert not inner.is_active
+        inner.undo()
+        assert patching._active["transformers"].is_active
+
+
+def test_a_place_that_is_not_there_is_refused() -> None:
+    mapping = {"first": 1}
+    with pytest.raises(ImportError, match="must have 'second'"):
+        Patch("nothing", "stable", [Replacement(mapping, "first", 3), Replacement(mapping, "second", 4)])
+    assert mapping == {"first": 1}
+
+
 def test_a_model_that_has_its_own_loss_keeps_it() -> None:
     model = transformers.YolosForObjectDetection(
         transformers.YolosConfig(
@@ -138,6 +198,28 @@ def test_a_loss_with_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(loss_utils, "ForObjectDetectionLoss", other)
     with pytest.raises(ImportError, match="ForObjectDetectionLoss of transformers must have the parameters logits, "):
+        patch("transformers")
+
+
+@pytest.mark.parametrize("name", ["ForObjectDetectionLoss", "DFineForObjectDetectionLoss"])
+def test_a_loss_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before = dict(loss_utils.LOSS_MAPPING)
+    monkeypatch.delattr(loss_utils, name)
+    with pytest.raises(ImportError, match=f"loss_utils must have {name}, found none in version"):
+        patch("transformers")
+    assert not changed(before)
+
+
+@pytest.mark.parametrize("name", ["Deimv2ForObjectDetectionLoss", "LwDetrForObjectDetectionLoss"])
+def test_losses_of_newer_versions_may_be_missing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delattr(loss_utils, name, raising=False)
+    with patch("transformers") as made:
+        assert made.is_active
+
+
+def test_a_loss_that_no_model_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForSegmentation", lambda: None)
+    with pytest.raises(ImportError, match="LOSS_MAPPING of transformers must lead to ForSegmentationLoss"):
         patch("transformers")
 
 

@@ -9,18 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast import matcher
-from detr_fast.integrations.detrex.matcher import DIALECT, check_queries
-from detr_fast.integrations.layer_losses import (
-    Entry,
-    LayeredCriterion,
-    ListedTargets,
-    MatchedLayers,
-    Outputs,
-    box_count,
-    denoising_pairs,
-    suffixes_of,
-    without_class,
-)
+from detr_fast.integrations.detrex.matcher import DIALECT, GroupHungarianMatcher, check_queries
+from detr_fast.integrations.layer_losses import Entry, ListedTargets, box_count, suffixes_of, without_class
+from detr_fast.integrations.layered_criterion import LayeredCriterion, MatchedLayers, Outputs, zeros_of
 from detr_fast.integrations.mode import Mode
 from detr_fast.matcher import pairs_of
 from detr_fast.ops.set_loss import LossKind
@@ -30,6 +21,7 @@ _ENTRIES = {
     "class": (Entry("loss_class", "class"),),
     "boxes": (Entry("loss_bbox", "bbox"), Entry("loss_giou", "giou")),
 }
+_DENOISING = ("output_known_lbs_bboxes", "dn_num", "single_padding")
 _WITHOUT_DENOISING = ("loss_bbox", "loss_giou", "loss_class")
 _KINDS: dict[str, LossKind] = {"focal_loss": "focal", "ce_loss": "softmax"}
 
@@ -54,7 +46,11 @@ class SetCriterion(LayeredCriterion):
         loss_class_type: "focal_loss" with `alpha` in [0, 1] and `gamma` on logits of `num_classes`, or "ce_loss" with
             one more logit. The published loss without alpha, for a negative one, is the one of 0.5 with twice its
             weight.
-        mode: both give the published numbers; what a matching without finite cost leads to is the matcher's `mode`.
+        mode: that of the matcher, whose docstring says what differs; the losses have the published numbers in both.
+
+    Raises:
+        ValueError: `mode` is not that of a matcher that has one, or a matcher with "ce_cost" is given to "focal_loss",
+            whose last label it would take for "no object" (the published one does not).
     """
 
     entries = _ENTRIES
@@ -167,18 +163,23 @@ class DINOCriterion(TwoStageCriterion):
         if dn_metas and "output_known_lbs_bboxes" in dn_metas:
             forgets = self.mode == "compat" and self.two_stage_binary_cls and len(sets) > 1
             own = without_class(batch.targets) if forgets else batch.targets
-            return self.dictionary(*sets, self._denoised(dn_metas, own, batch.num_boxes))
-        names = [name + "_dn" + suffix for suffix in sets[0].suffixes for name in _WITHOUT_DENOISING]
-        zeros = torch.zeros(len(names), device=batch.num_boxes.device).unbind()
-        return self.dictionary(*sets) | dict(zip(names, zeros, strict=True))
+            known, groups, stride = (dn_metas[name] for name in _DENOISING)
+            return self.dictionary(*sets, self.denoised(known, own, batch.num_boxes, groups, stride)[1])
+        zeros = zeros_of(_WITHOUT_DENOISING, sets[0].suffixes, batch.num_boxes.device)
+        return self.dictionary(*sets) | zeros
 
-    def _denoised(self, dn_metas: Mapping[str, Any], targets: Targets, num_boxes: Tensor) -> MatchedLayers:
-        groups = dn_metas["dn_num"]
-        predictions, _ = self.structured(dn_metas["output_known_lbs_bboxes"], targets)
-        query, repeated = denoising_pairs(targets, groups, dn_metas["single_padding"])
-        query_of_target = query.repeat(len(predictions.logits), 1)
-        values = self.values(predictions, repeated, query_of_target, num_boxes * groups)
-        return MatchedLayers(values, suffixes_of(len(values), "_dn", "_dn_{}"), query_of_target)
+    def weighted_loss(  # type: ignore[override]
+        self,
+        outputs: Predictions | Outputs,
+        targets: ListedTargets,
+        dn_metas: Mapping[str, Any] | None = None,
+        joint: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum to differentiate, ``[]``, and all entries of ``forward``, detached; `joint` must be None."""
+        return self.weighted(self(outputs, targets, dn_metas), joint)
+
+    def _sets_beside(self, outputs: Predictions | Outputs) -> str | None:
+        return "denoising queries"
 
 
 class GroupSetCriterion(LayeredCriterion):
@@ -187,7 +188,8 @@ class GroupSetCriterion(LayeredCriterion):
     Entries and `mode` as of :class:`SetCriterion`; box and class losses are divided by the number of groups, too.
 
     Args:
-        matcher: a :class:`GroupHungarianMatcher`, or another :class:`detr_fast.HungarianMatcher`.
+        matcher: a :class:`GroupHungarianMatcher`, or another :class:`detr_fast.HungarianMatcher`; a class with a
+            ``forward`` of its own is refused, because all groups are matched in one call of ``match_groups``.
         group_nums: groups of queries in training; in evaluation there is one.
     """
 
@@ -212,10 +214,13 @@ class GroupSetCriterion(LayeredCriterion):
         groups = self.group_nums if self.training else 1
         if groups == 1:
             return super().forward(outputs, targets)
-        if not isinstance(self.matcher, matcher.HungarianMatcher):
+        known = (matcher.HungarianMatcher.forward, GroupHungarianMatcher.forward)
+        if not isinstance(self.matcher, matcher.HungarianMatcher) or type(self.matcher).forward not in known:
             raise TypeError(
-                f"GroupSetCriterion: matcher must be a GroupHungarianMatcher of detr_fast, got {type(self.matcher)}"
+                "GroupSetCriterion: matcher must be a GroupHungarianMatcher of detr_fast without a forward of its own, "
+                f"got {type(self.matcher)}"
             )
+        self.latest = None  # diagnostics are of matchings one to one
         predictions, packed = self.structured(outputs, targets)
         check_queries("GroupSetCriterion", predictions.logits.shape[2], groups)
         packed = packed.to(predictions.logits.device)
@@ -224,4 +229,4 @@ class GroupSetCriterion(LayeredCriterion):
         return self.dictionary(MatchedLayers(values, suffixes_of(len(values)), query_of_target))
 
     def _sets_beside(self, outputs: Predictions | Outputs) -> str | None:
-        return "groups of queries" if self.training and self.group_nums > 1 else None
+        return "further groups of queries" if self.training and self.group_nums > 1 else None

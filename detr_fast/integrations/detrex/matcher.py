@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast import matcher
-from detr_fast.integrations.layer_losses import Outputs, policy_of
+from detr_fast.integrations.layered_criterion import Outputs, policy_of
 from detr_fast.integrations.mode import Mode, check_mode
 from detr_fast.matcher import Pairs, check_batch_size, pairs_of
 from detr_fast.ops.dialect import Dialect
@@ -24,7 +24,8 @@ class HungarianMatcher(matcher.HungarianMatcher):
     """detrex's HungarianMatcher: focal or softmax class cost, L1, GIoU.
 
     Args:
-        cost_class_type: "focal_loss_cost" with `alpha` in [0, 1] and `gamma`, or "ce_cost".
+        cost_class_type: "focal_loss_cost" with `alpha` in [0, 1] and `gamma`, or "ce_cost", for which the last logit
+            is "no object" and no target may have it as its label. The published one leaves that to its user.
         mode: "compat": the focal class cost is the published one, with 1e-8 inside its logarithms, and a pair without a
             finite cost (NaN or infinite predictions, boxes of negative size) an error, for which it waits for the
             device. "stable": the focal class cost is exact, which differs by more than 1e-4 for logits
@@ -51,7 +52,11 @@ class HungarianMatcher(matcher.HungarianMatcher):
         if cost_class_type == "ce_cost":
             policy["kind"] = "softmax"
         super().__init__(cost_class, cost_bbox, cost_giou, alpha=alpha, gamma=gamma, dialect=DIALECT, **policy)
-        self.cost_class_type, self.mode = cost_class_type, mode
+        self.mode = mode
+
+    @property
+    def cost_class_type(self) -> str:
+        return "ce_cost" if self.kind == "softmax" else "focal_loss_cost"
 
 
 class GroupHungarianMatcher(matcher.HungarianMatcher):
@@ -179,10 +184,11 @@ class ModifedMatcher(nn.Module):
     """detrex's matcher with exchangeable costs (the name is spelled as there), for its BaseCriterion.
 
     ``matcher(pred_logits [B, Q, C], pred_bboxes [B, Q, 4], gt_labels_list, gt_bboxes_list)`` returns for each image a
-    pair of CPU int64 tensors (queries, targets). The costs are computed with the matching, not by the objects given.
+    pair of CPU int64 tensors (queries, targets). The costs are computed with the matching, not by the objects given,
+    with the weights and numbers that these have at the call.
 
     Args:
-        cost_class: a FocalLossCost, the default with weight 2, or a CrossEntropyCost.
+        cost_class: a FocalLossCost, the default with weight 2, or a CrossEntropyCost, with the limit of "ce_cost".
         cost_bbox: an L1Cost, the default with weight 5.
         cost_giou: a GIoUCost, the default with weight 2.
         mode: as of :class:`HungarianMatcher`; "stable" needs no `eps` of FocalLossCost.
@@ -205,17 +211,23 @@ class ModifedMatcher(nn.Module):
         self.cost_bbox = L1Cost(weight=5.0) if cost_bbox is None else cost_bbox
         self.cost_giou = GIoUCost(weight=2.0) if cost_giou is None else cost_giou
         self.mode = mode
+        self._matcher = matcher.HungarianMatcher(**policy_of(mode))
+        self._configure()
+
+    def _configure(self) -> None:
+        """What the costs say now: their weights may follow a schedule."""
         _check_cost("cost_class", self.cost_class, FocalLossCost, CrossEntropyCost)
         _check_cost("cost_bbox", self.cost_bbox, L1Cost)
         _check_cost("cost_giou", self.cost_giou, GIoUCost)
-        options = policy_of(mode)
-        if type(self.cost_class) is FocalLossCost:
+        options: dict[str, Any] = {"dialect": DIALECT, "kind": "softmax"}
+        if isinstance(self.cost_class, FocalLossCost):
             dialect = DIALECT._replace(class_epsilon=self.cost_class.eps)
-            options |= {"alpha": self.cost_class.alpha, "gamma": self.cost_class.gamma, "dialect": dialect}
-        else:
-            options |= {"kind": "softmax", "dialect": DIALECT}
-        weights: list[Any] = [cost.weight for cost in (self.cost_class, self.cost_bbox, self.cost_giou)]
-        self._matcher = matcher.HungarianMatcher(*weights, **options)
+            options = {"alpha": self.cost_class.alpha, "gamma": self.cost_class.gamma, "dialect": dialect}
+            options["kind"] = policy_of(self.mode)["kind"]
+        for name in ("cost_class", "cost_bbox", "cost_giou"):
+            options[name] = getattr(self, name).weight
+        for name, value in options.items():
+            setattr(self._matcher, name, value)
 
     def forward(
         self,
@@ -224,6 +236,7 @@ class ModifedMatcher(nn.Module):
         gt_labels_list: Sequence[Tensor],  # [n] int64 of each image
         gt_bboxes_list: Sequence[Tensor],  # [n, 4] cxcywh of each image
     ) -> Pairs:
+        self._configure()
         listed = zip(gt_labels_list, gt_bboxes_list, strict=True)
         targets = [{"labels": labels, "boxes": boxes} for labels, boxes in listed]
         return self._matcher({"pred_logits": pred_logits, "pred_boxes": pred_bboxes}, targets)

@@ -4,16 +4,23 @@ Replaced are the functions that ``LOSS_MAPPING`` names for DETR, Table Transform
 Conditional, DAB and Deformable DETR (with masks), RT-DETR and RT-DETRv2, D-FINE, DEIMv2, LW-DETR and RF-DETR's
 detection, and the same functions as attributes of transformers' modules. They return the same triple
 ``(loss, loss_dict, auxiliary_outputs)`` with the same keys; entries of ``loss_dict`` keep their gradients. All decoder
-layers are matched in one call, and their losses and gradients computed in another; nothing is read back from a device.
+layers are matched in one call, and their losses and gradients computed in another. Nothing is read back from a device,
+but that mode="compat" of a version which ends in an error where predictions are not finite (4.57) waits to do the same.
 
 Not replaced: RF-DETR's segmentation and Grounding DINO; the matchers and criteria, which no model keeps. A model whose
 `loss_function` was assigned by hand keeps that function: assign ``LOSS_MAPPING[model.loss_type]`` again.
 
 In both modes, unlike the package:
 
-- losses are computed and returned in float32 whatever the type of the predictions (package: in that type);
-- boxes that are NaN are treated as logits that are NaN (package: a ValueError from the check of corners), and LW-DETR's
-  class loss is finite at probabilities of exactly 0 and 1 (package: NaN);
+- losses of half types are computed and returned in float32 (package: in that type), of float64 in float64;
+- annotations on the CPU are checked: a label that is not in ``[0, num_labels)``, or a box that is not finite or of
+  negative size, is an error that names the image. The package trains the query of a label `num_labels` as "no object"
+  (softmax models) or fails at an index (sigmoid), and says of such boxes only that some corners are wrong;
+- annotations on a device are not looked at: a target with such a label is not matched, nor in "stable" one with such a
+  box, whose losses are NaN in "compat"; `Patch.report` tells (4.57, "compat": an error);
+- masks are looked at only by losses of segmentation;
+- predicted boxes that are NaN are treated as logits that are NaN (package: a ValueError from the check of corners), and
+  LW-DETR's class loss is finite at probabilities of exactly 0 and 1 (package: NaN);
 - ``torch.compile(fullgraph=True)`` takes the losses in, after one step without it, which makes the matcher.
 
 YOLOS with `auxiliary_loss` fails as in the package, whose configuration of it has no `decoder_layers`.

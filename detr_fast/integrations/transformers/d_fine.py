@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detr_fast.boxes import box_cxcywh_to_xyxy, paired_giou
 from detr_fast.integrations.edge_distributions import Pairs, Teacher, bins_of, edge_losses, rows_at, rows_of_pairs
+from detr_fast.integrations.layer_losses import at_least_one
 from detr_fast.integrations.rtdetr.stacks import slots_of
 from detr_fast.integrations.transformers.detr import Labels, Result
 from detr_fast.integrations.transformers.rt_detr import (
@@ -34,7 +35,7 @@ from detr_fast.integrations.transformers.sets import (
     pack,
     total_of,
 )
-from detr_fast.integrations.transformers.settings import Settings, at_least_one
+from detr_fast.integrations.transformers.settings import Settings
 from detr_fast.ops.matching_union import unite
 from detr_fast.structures import Targets
 
@@ -142,7 +143,8 @@ def _clamped(sets: LayerSets) -> LayerSets:
 def _judged_sets(
     settings: Settings, sets: LayerSets, labels: Labels, config: Any, name: str, meta: Mapping[str, Any] | None
 ) -> list[Judged]:
-    targets = pack(labels, sets.matched[0].logits.device)
+    logits = sets.matched[0].logits
+    targets = pack(labels, logits.device, logits.shape[-1])
     count = settings.count_of_real_time(targets.offsets)
     matched = [Matched(matched_queries(settings, part, targets, config), targets, count) for part in sets.matched]
     unions = matched

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast.integrations.layer_losses import at_least_one
 from detr_fast.integrations.transformers.sets import (
     ClassLoss,
     Losses,
@@ -24,7 +25,7 @@ from detr_fast.integrations.transformers.sets import (
     predictions_of,
     united,
 )
-from detr_fast.integrations.transformers.settings import Settings, at_least_one
+from detr_fast.integrations.transformers.settings import Settings
 from detr_fast.losses import mask_losses
 from detr_fast.ops.set_loss import TERMS
 from detr_fast.structures import Targets
@@ -111,7 +112,7 @@ def _softmax(
 ) -> Result:
     pieces, auxiliary = decoder_layers(config, logits, pred_boxes, outputs_class, outputs_coord)
     part = united([pieces])[0]
-    targets = pack(labels, logits.device)
+    targets = pack(labels, logits.device, logits.shape[-1] - 1, pred_masks is not None)
     query_of_target = settings.matchers.get(costs_of(config), "softmax", 0.25, 2.0)(predictions_of(part), targets)
     class_weight = constant((*[1.0] * config.num_labels, config.eos_coefficient), logits.device)
     count = settings.count_of_image_loss(targets.offsets)
@@ -134,7 +135,7 @@ def _sigmoid(
 ) -> Result:
     pieces, auxiliary = decoder_layers(config, logits, pred_boxes, outputs_class, outputs_coord)
     part = united([pieces])[0]
-    targets = pack(labels, logits.device)
+    targets = pack(labels, logits.device, logits.shape[-1], pred_masks is not None)
     # compat: with masks the package matches by softmax and trains by sigmoid.
     is_softmax = settings.is_compat and pred_masks is not None
     kind = "softmax" if is_softmax else settings.focal_kind

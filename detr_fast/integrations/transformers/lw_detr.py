@@ -50,7 +50,7 @@ def grouped_object_detection(
     assert enc_outputs_class is not None
     assert enc_outputs_coord is not None
     encoder = Pieces((enc_outputs_class[None],), (enc_outputs_coord[None],), ("_enc",))
-    targets = pack(labels, logits.device)
+    targets = pack(labels, logits.device, logits.shape[-1])
     groups = config.group_detr
     if not settings.is_compat and logits.shape[1] <= config.num_queries:
         groups = 1  # evaluation has the queries of one group

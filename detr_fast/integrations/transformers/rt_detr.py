@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from detr_fast.integrations.layer_losses import at_least_one
 from detr_fast.integrations.transformers.detr import Labels, Result, all_classes
 from detr_fast.integrations.transformers.sets import (
     ClassLoss,
@@ -25,7 +26,7 @@ from detr_fast.integrations.transformers.sets import (
     total_of,
     united,
 )
-from detr_fast.integrations.transformers.settings import Settings, at_least_one
+from detr_fast.integrations.transformers.settings import Settings
 from detr_fast.structures import Targets
 
 _ENTRIES = (("loss_vfl", 0, True), ("loss_bbox", 1, True), ("loss_giou", 2, True))
@@ -70,7 +71,7 @@ def real_time_object_detection(
     layers = (outputs_class, outputs_coord) if config.auxiliary_loss else (None, None)
     outputs = Outputs(logits, pred_boxes, *layers, enc_topk_logits, enc_topk_bboxes, denoising_meta_values)
     sets = sets_of(outputs, settings.quirks.result_with_denoising)
-    targets = pack(labels, logits.device)
+    targets = pack(labels, logits.device, logits.shape[-1])
     count = settings.count_of_real_time(targets.offsets)
     row = (config.weight_loss_vfl, config.weight_loss_bbox, config.weight_loss_giou, 0.0, 0.0)
     loss = ClassLoss("varifocal", config.focal_loss_alpha, config.focal_loss_gamma)

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from detr_fast.criterion import _Entries
+from detr_fast.integrations.constants import Constants
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.ops.set_loss import weighted_set_loss
 from detr_fast.structures import Predictions, Targets
@@ -104,13 +106,19 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def pack(labels: Sequence[Mapping[str, Tensor]], device: torch.device) -> Targets:
-    """The targets of transformers' models. Values are left to the ops, which name the image, too."""
-    if labels and "masks" in labels[0]:
-        renamed = [{"labels": x["class_labels"], "boxes": x["boxes"], "masks": x["masks"]} for x in labels]
-    else:
-        renamed = [{"labels": x["class_labels"], "boxes": x["boxes"]} for x in labels]
-    return Targets.pack(renamed, check_values=False).to(device)
+def pack(
+    labels: Sequence[Mapping[str, Tensor]], device: torch.device, num_labels: int, with_masks: bool = False
+) -> Targets:
+    """The targets of transformers' models; masks only where a loss needs them.
+
+    Raises:
+        ValueError: annotations are malformed or, if they are on the CPU, a label is not in ``[0, num_labels)``, a box
+            not finite or of negative size; the message names the image.
+    """
+    names = {"class_labels": "labels", "boxes": "boxes"} | ({"masks": "masks"} if with_masks else {})
+    renamed = [{name: own[key] for key, name in names.items() if key in own} for own in labels]
+    has_values = not any(isinstance(own.get("class_labels"), FakeTensor) for own in labels)
+    return Targets.pack(renamed, num_labels, check_values=has_values).to(device)
 
 
 def losses_of(
@@ -146,11 +154,12 @@ def total_of(losses: Sequence[Losses]) -> Tensor:
     return total
 
 
-@lru_cache(maxsize=1024)
+_constants = Constants()
+
+
 def constant(numbers: tuple[Any, ...], device: torch.device) -> Tensor:
     """A float32 tensor, kept: the copy to a device waits once."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.float32).to(device)
+    return _constants.get((numbers, device), lambda: torch.tensor(numbers, dtype=torch.float32).to(device))
 
 
 def named(

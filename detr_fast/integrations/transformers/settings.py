@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from torch import Tensor
 
 from detr_fast.criterion import mean_box_count
@@ -42,11 +41,3 @@ class Settings:
     def count_of_real_time(self, offsets: Tensor) -> Tensor | None:
         """compat: each process divides by its own number of targets."""
         return None if self.is_compat else mean_box_count(offsets)
-
-
-def at_least_one(
-    count: Tensor | None,  # [] float32
-    offsets: Tensor,  # [B + 1]
-) -> Tensor:
-    """The normaliser itself, ``[]`` float32."""
-    return (offsets[-1].to(torch.float32) if count is None else count).clamp(min=1)

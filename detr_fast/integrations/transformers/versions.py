@@ -38,22 +38,40 @@ class Quirks(NamedTuple):
     auxiliary_needs_denoising: bool  # D-FINE: no losses of other layers without denoising queries
 
 
+_OF_NEWER_VERSIONS = ("Deimv2ForObjectDetectionLoss", "LwDetrForObjectDetectionLoss")
+
+
 def check_version() -> None:
-    """Raises an ImportError if the installed version is not known, or its loss functions have other parameters."""
+    """Raises an ImportError if the installed version is not known, or a loss function is not what is expected.
+
+    All of `PARAMETERS` must be there but those of newer versions, have these parameters, and be reached by
+    ``LOSS_MAPPING``.
+    """
     import transformers
     from transformers.loss import loss_utils
 
     require_version("transformers", transformers.__version__, SUPPORTED)
     for name, expected in PARAMETERS.items():
         function = getattr(loss_utils, name, None)
-        if function is None:
+        if function is None and name in _OF_NEWER_VERSIONS:
             continue
+        if function is None:
+            raise ImportError(
+                f"patch: transformers.loss.loss_utils must have {name}, found none in version "
+                f"{transformers.__version__}",
+                name="transformers",
+            )
         parameters = inspect.signature(function).parameters.values()
         found = tuple(x.name for x in parameters if x.kind is not inspect.Parameter.VAR_KEYWORD)
         if found != expected:
             raise ImportError(
                 f"patch: {name} of transformers must have the parameters {', '.join(expected)}, found "
                 f"{', '.join(found)} in version {transformers.__version__}",
+                name="transformers",
+            )
+        if not any(function is value for value in loss_utils.LOSS_MAPPING.values()):
+            raise ImportError(
+                f"patch: LOSS_MAPPING of transformers must lead to {name}, which others seem to have replaced",
                 name="transformers",
             )
 
