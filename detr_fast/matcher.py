@@ -127,9 +127,8 @@ class HungarianMatcher(nn.Module):
         width = grouped.logits.shape[2]
         found = self._match(grouped, repeated, self._status_on(predictions.logits.device, groups, width))
         found = self._checked(found, predictions, targets)
-        rows = torch.arange(found.shape[1], device=found.device)
-        group = (torch.searchsorted(repeated.offsets, rows, right=True) - 1) % groups
-        found = torch.where(found >= 0, found + (group * width).to(torch.int32), found)
+        first = (repeated.image_of_row() % groups * width).to(torch.int32)
+        found = torch.where(found >= 0, found + first, found)
         offsets = repeated.offsets[::groups].contiguous()
         return found, replace(repeated, offsets=offsets, max_count=groups * targets.max_count)
 

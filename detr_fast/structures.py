@@ -100,6 +100,9 @@ class Predictions:
     @classmethod
     def from_dict(cls, outputs: Mapping[str, Any]) -> Predictions:
         """The dictionary of facebookresearch/detr: ``pred_logits``, ``pred_boxes`` and, if present, ``aux_outputs``."""
+        for name in ("pred_logits", "pred_boxes"):
+            if name not in outputs:
+                raise ValueError(f"outputs must have 'pred_logits' and 'pred_boxes', got {sorted(map(str, outputs))}")
         layers = [*outputs.get("aux_outputs", ()), outputs]
         for index, layer in enumerate(layers):
             for name in ("pred_logits", "pred_boxes"):

@@ -179,3 +179,9 @@ def test_empty_tensors_of_any_shape_are_no_targets(dtype: torch.dtype) -> None:
     alone = Targets.pack([empty])
     assert alone.boxes.shape == (0, 4)
     assert alone.labels.dtype == torch.int64
+
+
+def test_outputs_without_a_key_are_named() -> None:
+    outputs = {"logits": torch.zeros(1, 2, 3), "pred_boxes": torch.zeros(1, 2, 4)}
+    with pytest.raises(ValueError, match=r"must have 'pred_logits' and 'pred_boxes', got \['logits', 'pred_boxes'\]"):
+        Predictions.from_dict(outputs)

@@ -16,21 +16,16 @@ _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")  # ELF64
 _CUDA_MACHINE = 190  # EM_CUDA
 _PTX_TARGET = re.compile(rb"\.target\s+sm_(\d+)")
 
-_REINSTALL = (
-    "install detr_fast again: pip install --force-reinstall --no-deps detr_fast, or pip install . in a checkout"
+_REINSTALL = "install detr_fast again from where it came; in a checkout: pip install --no-build-isolation --no-deps ."
+_BUILD_HERE = (
+    "it was built on a newer system than this one: build it here, pip install --no-build-isolation . in a checkout"
 )
 _REMEDIES = (
     ("undefined symbol", "it needs PyTorch 2.11 or newer, and finds {torch}: upgrade PyTorch, or its file is damaged"),
     ("libtorch", "PyTorch's own libraries are not where it looks ({torch}): install PyTorch again"),
     ("libc10", "PyTorch's own libraries are not where it looks ({torch}): install PyTorch again"),
-    (
-        "GLIBC",
-        "it was built on a newer system than this one: build it here, pip install --no-binary detr_fast detr_fast",
-    ),
-    (
-        "CXXABI",
-        "it was built on a newer system than this one: build it here, pip install --no-binary detr_fast detr_fast",
-    ),
+    ("GLIBC", _BUILD_HERE),
+    ("CXXABI", _BUILD_HERE),
 )
 
 

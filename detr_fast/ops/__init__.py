@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch  # noqa: F401  loads the libraries that _C needs, so it comes first
 
 # isort: split
-import detr_fast._C as _C
+try:
+    import detr_fast._C as _C
+except ImportError as error:
+    raise ImportError(
+        f"detr_fast: the native library does not load: {error}. In a checkout it is built by "
+        "pip install --no-build-isolation -e . ; an installed package is hidden by a checkout in the current folder. "
+        "detr-fast doctor says more"
+    ) from error
 from detr_fast.ops.assignment import (
     Assignment,
     assign,
