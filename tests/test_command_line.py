@@ -271,6 +271,7 @@ def test_sigterm_saves_and_exits(shapes: Path, tmp_path: Path) -> None:
     assert place["step"] == place["epoch"] * 4 + place["images"] // 2
 
 
+@pytest.mark.slow
 def test_two_processes(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -22,7 +22,7 @@ def test_every_public_name_resolves() -> None:
         detr_fast.Matcher  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["ops", "numpy", "boxes", "criterion", "models", "data", "engine"])
+@pytest.mark.parametrize("module", ["ops", "numpy", "data", "engine"])
 def test_every_module_can_be_imported_first(module: str) -> None:
     code = f"import detr_fast.{module}", f"import detr_fast; detr_fast.{module}"
     for line in code:

@@ -31,7 +31,7 @@ LAST_NORM = re.compile(r"layer\d\.\d\.bn3\.weight")
 MODELS = {"detr_tiny": {}, "detr_resnet50": SHALLOW}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["detr_tiny", pytest.param("detr_resnet50", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     return twins(request.param, MODELS[request.param])
 

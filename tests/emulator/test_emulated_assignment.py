@@ -32,10 +32,10 @@ def problem(cost: np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("seed", [pytest.param(11, marks=pytest.mark.slow), 12])
 def test_spread_tied_duplicate_and_hard_costs(emulator: ModuleType, dtype: torch.dtype, seed: int) -> None:
     emulator.use_schedule(seed)
-    for cost in cost_matrices(seed):
+    for cost in cost_matrices(seed, 60):
         assert_equal(*problem(cost, dtype))
 
 
@@ -98,6 +98,7 @@ def test_more_targets_than_queries(emulator: ModuleType, dtype: torch.dtype) -> 
     assert_equal(cost, offsets_of(counts))
 
 
+@pytest.mark.slow
 def test_many_queries_and_many_targets(emulator: ModuleType) -> None:
     generator = torch.Generator().manual_seed(4)
     assert_equal(torch.rand(1, 20, 70_000, generator=generator), offsets_of([20]))  # columns do not fit shared memory

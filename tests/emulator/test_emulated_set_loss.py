@@ -38,8 +38,14 @@ def run(library: str, arguments: list) -> list[Tensor]:
     return [losses, total, *gradients, *scaled]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    # The kinds differ in arithmetic only, which does not know what type it was read from.
+    [
+        *(("softmax", dtype) for dtype in TYPES),
+        *((kind, torch.float32) for kind in KINDS[1:]),
+    ],
+)
 def test_results_are_those_of_the_cpu(emulator: ModuleType, kind: str, dtype: torch.dtype) -> None:
     """Up to the order in which sums over queries are taken, in double: all else has the same rounding."""
     shapes = (

@@ -203,6 +203,7 @@ def test_batches_on_a_gpu(settings: Settings, place: str, workers: int) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_python_ends_while_workers_live(shapes: Path) -> None:
     """And a generator of the middle of an epoch holds them."""
     code = f"""
@@ -270,7 +271,7 @@ def test_processes_with_other_images_are_refused(tmp_path: Path, settings: Setti
     check_same_images(fewer, Processes())
 
 
-@pytest.mark.parametrize("start", ["fork", "forkserver"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_a_worker_leaves_when_its_reader_is_gone(tmp_path: Path, start: str) -> None:
     """Also one that hangs in a read, and without being asked."""
     script = tmp_path / "script.py"

@@ -161,6 +161,7 @@ def test_a_run_continues_whether_its_optimizer_was_or_is_sharded(
     assert len({hash(end.weights[0].numpy().tobytes()) for end in ends.values()}) == 1
 
 
+@pytest.mark.slow
 def test_shards_that_a_checkpoint_needs_are_not_written_over(
     recorded: Callable[..., Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_shards_that_a_checkpoint_needs_are_not_written_over(
     assert found[0]["optimizer"]["shards"] != needed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut off", "gone", "zeroed"])
 def test_a_checkpoint_whose_shards_are_damaged_is_refused_and_the_one_before_it_taken(
     recorded: Callable[..., Recorded], damage: str

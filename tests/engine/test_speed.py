@@ -62,6 +62,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_no_more_canvases_are_compiled_than_asked_for(graphs: Callable[[], int]) -> None:
     model = model_of("detr_tiny")
     apply_speed(model, SpeedConfig(compile=True, most_canvases=2))

@@ -16,7 +16,7 @@ from detr_fast.engine.config import Config
 from detr_fast.engine.train import train
 
 
-@pytest.mark.parametrize(("place", "workers"), [("folder", 2), ("memory", 0)])
+@pytest.mark.parametrize(("place", "workers"), [pytest.param("folder", 2, marks=pytest.mark.slow), ("memory", 0)])
 def test_weights_are_the_same_to_the_last_bit(
     shapes: Path, tmp_path: Path, settings: Callable[..., Config], place: str, workers: int
 ) -> None:

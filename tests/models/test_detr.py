@@ -169,6 +169,7 @@ def test_model_in_float64() -> None:
     torch.testing.assert_close(model(images())["pred_logits"].double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiles_without_recompiling_for_other_sizes() -> None:
     """Two graphs, up to the packed tokens and from there; a third size of images must not add any."""
     model = tiny().eval()
