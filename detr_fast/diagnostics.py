@@ -57,7 +57,7 @@ def diagnose(
     counts = targets.offsets.diff()
     rows = torch.arange(len(targets.labels), device=targets.labels.device)
     is_target = rows < targets.offsets[-1]
-    image = (torch.searchsorted(targets.offsets, rows, right=True) - 1).clamp(max=max(len(counts) - 1, 0))
+    image = targets.image_of_row()
     moved = (query_of_target[1:] != query_of_target[:-1]) & is_target
     matched = (query_of_target >= 0) & is_target
     query = query_of_target.clamp(min=0)[..., None].long()

@@ -33,8 +33,7 @@ def mask_losses(
     dtype = torch.promote_types(masks.dtype, torch.float32)
     goal = torch.cat(padded).to(masks.device, dtype).flatten(1)  # [T, height * width]
 
-    rows = torch.arange(total, device=masks.device)
-    image = torch.searchsorted(targets.offsets, rows, right=True) - 1
+    image = targets.image_of_row()[:total]
     query = query_of_target[:total].long()
     matched = (query >= 0).to(dtype)
     chosen = masks[image, query.clamp(min=0)].to(dtype)

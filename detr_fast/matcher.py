@@ -110,6 +110,10 @@ class HungarianMatcher(nn.Module):
         """Labels that a target may have when there are this many logits: "no object" is none of them."""
         return classes - 1 if self.kind == "softmax" else classes
 
+    def has_label(self, predictions: Predictions, targets: Targets) -> Tensor:  # [T, 1] bool
+        """Targets whose label is one of the logits'. The others stay unmatched, whatever `invalid` says."""
+        return ((targets.labels >= 0) & (targets.labels < self.num_labels(predictions.logits.shape[-1])))[:, None]
+
     @torch.no_grad()
     def match_groups(self, predictions: Predictions, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
         """Matches all targets with each of `groups` groups of queries; group g has queries g Q/groups and following.
@@ -168,8 +172,7 @@ class HungarianMatcher(nn.Module):
                 return found
             del options["status"]
         cost = replaced(matching_cost(*arguments, *costs, **options), self.invalid, most)
-        is_known = (targets.labels >= 0) & (targets.labels < self.num_labels(predictions.logits.shape[-1]))
-        return assign(cost.where(is_known[:, None], torch.nan), targets.offsets, most)
+        return assign(cost.where(self.has_label(predictions, targets), torch.nan), targets.offsets, most)
 
     def _checked(self, found: Tensor, predictions: Predictions, targets: Targets) -> Tensor:
         if self._raises(found):

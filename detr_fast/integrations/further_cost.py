@@ -40,7 +40,7 @@ def match_with_cost(
         if found is not None:
             raise ValueError(f"HungarianMatcher: {found}")
     elif matcher.invalid not in (None, "skip"):
-        cost = replaced(cost, matcher.invalid, most).where(has_label(matcher, predictions, targets), torch.nan)
+        cost = replaced(cost, matcher.invalid, most).where(matcher.has_label(predictions, targets), torch.nan)
     if groups == 1:
         return assign(cost, targets.offsets, most), targets
     return _assign_groups(cost, targets, groups)
@@ -91,11 +91,6 @@ def report_of(matcher: core.HungarianMatcher) -> ForbiddenPairs | None:
 def is_allowed(cost: Tensor) -> Tensor:  # [...] bool
     """Where the assignment does not take a cost for a forbidden pair."""
     return cost.abs() < cost_limit(cost.dtype)
-
-
-def has_label(matcher: core.HungarianMatcher, predictions: Predictions, targets: Targets) -> Tensor:  # [T, 1] bool
-    """Targets whose label is one of the logits'. The others stay forbidden, whatever the policy for invalid pairs."""
-    return ((targets.labels >= 0) & (targets.labels < matcher.num_labels(predictions.logits.shape[-1])))[:, None]
 
 
 def note_forbidden(

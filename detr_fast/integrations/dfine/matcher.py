@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detr_fast import matcher as core
 from detr_fast.boxes import box_cxcywh_to_xyxy, paired_giou
-from detr_fast.integrations.further_cost import has_label, note_forbidden
+from detr_fast.integrations.further_cost import note_forbidden
 from detr_fast.integrations.mode import Mode
 from detr_fast.integrations.rtdetr.matcher import HungarianMatcher as RTDETRMatcher
 from detr_fast.matcher import check_batch_size, pairs_of, replaced
@@ -97,7 +97,7 @@ class HungarianMatcher(RTDETRMatcher):
         if self.mode == "stable":
             return cost
         cost = replaced(cost, "as_one", targets.max_count)
-        return cost.where(has_label(self, predictions, targets), torch.nan)
+        return cost.where(self.has_label(predictions, targets), torch.nan)
 
     def _usual_costs(self, predictions: Predictions, targets: Targets) -> Tensor:  # [L, T, Q]
         logits, boxes = predictions.logits, sized(predictions.boxes)
@@ -112,7 +112,7 @@ class HungarianMatcher(RTDETRMatcher):
 
     def _scores(self, predictions: Predictions, targets: Targets) -> Tensor:  # [L, T, Q]
         """-p IoU^iou_order_alpha of each target and the queries of its image."""
-        image, is_known = targets.image_of_row(), has_label(self, predictions, targets)
+        image, is_known = targets.image_of_row(), self.has_label(predictions, targets)
         logits = predictions.logits.float()
         p = logits.sigmoid() if self.use_focal_loss else logits.softmax(-1)
         p = p[:, image, :, targets.labels.where(is_known[:, 0], 0)].transpose(0, 1)
@@ -126,7 +126,7 @@ class HungarianMatcher(RTDETRMatcher):
     def _several(self, predictions: Predictions, targets: Targets, rounds: int, epoch: int) -> core.Pairs:
         cost = self._costs(predictions, targets, epoch)
         images = list(pairwise(targets.offsets.tolist()))
-        is_known = has_label(self, predictions, targets)
+        is_known = self.has_label(predictions, targets)
         blocked = torch.inf if self.mode == "stable" else USED_UP
         found = []
         for _ in range(rounds):

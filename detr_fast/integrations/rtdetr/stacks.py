@@ -83,7 +83,7 @@ class PairedBoxes(NamedTuple):
     @classmethod
     def of(cls, matched: Matched) -> PairedBoxes:
         boxes, goals = matched.predictions.boxes, matched.targets.boxes
-        slot, is_pair = slots_of(matched.query_of_target, matched.targets.offsets, boxes.shape[2])
+        slot, is_pair = slots_of(matched.query_of_target, matched.targets, boxes.shape[2])
         index = slot[..., None].expand(-1, -1, 4)
         return cls(boxes.flatten(1, 2).gather(1, index).to(goals.dtype), goals, is_pair, slot)
 
@@ -94,12 +94,10 @@ class PairedBoxes(NamedTuple):
         return iou.where(self.is_pair, 0), giou.where(self.is_pair, 0)
 
 
-def slots_of(query_of_target: Tensor, offsets: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+def slots_of(query_of_target: Tensor, targets: Targets, queries: int) -> tuple[Tensor, Tensor]:
     """Position ``[L, T]`` int64 of each row's query among all queries of the batch (0 without one), and if it has one.
 
     Rows past the last offset have no query.
     """
     is_pair = query_of_target >= 0
-    rows = torch.arange(query_of_target.shape[1], device=offsets.device, dtype=offsets.dtype)
-    image = torch.searchsorted(offsets, rows, right=True) - 1
-    return (query_of_target + image * queries).where(is_pair, 0), is_pair
+    return (query_of_target + targets.image_of_row() * queries).where(is_pair, 0), is_pair

@@ -241,7 +241,7 @@ def _pairs_of(judged: Judged, points: Tensor, config: Any) -> Pairs:  # points [
     boxes, matched = judged.part.boxes, judged.boxes
     query_of_target = matched.query_of_target[:1] if judged.are_shared else matched.query_of_target
     _, images, queries, _ = boxes.shape
-    slot, is_pair = slots_of(query_of_target, matched.targets.offsets, queries)
+    slot, is_pair = slots_of(query_of_target, matched.targets, queries)
     goals = matched.targets.boxes
     if judged.are_shared and len(slot):
         rows = rows_of_pairs(is_pair, images * queries)
