@@ -3,6 +3,8 @@
 // Axes: L decoder layers, B images, Q queries, T targets of the whole batch (flat), C classes. Image b owns targets
 // offsets[b] to offsets[b + 1]; targets past offsets[B] are ignored. A problem is one image in one layer, p = l * B +
 // b; every function works on problems [begin, end), writes only what belongs to them, and may run on several threads.
+// Where an image's queries are G groups of equal size, each of which is matched with all targets, a problem is one
+// group, p = (l * B + b) * G + g.
 #pragma once
 
 #include <cstddef>
@@ -60,16 +62,17 @@ constexpr T kCostLimit = sizeof(T) == 4 ? T(0x1p100) : T(0x1p1000);
 template <typename T>
 struct AssignmentArguments {
   Batch batch;
+  int64_t groups;
   const T* cost;             // [L, T, Q]
-  int32_t* query_of_target;  // [L, T], -1 = none; rows past offsets[B] are not written
-  T* target_price;           // [L, T], or null
+  int32_t* query_of_target;  // [L, T * G] in the order image, group, target, -1 = none
+  T* target_price;           // [L, T * G], or null
   T* query_price;            // [L, B, Q], or null
 };
 
 template <typename T>
 struct CostArguments {
   Batch batch;
-  int64_t classes;
+  int64_t groups, classes;
   Elements logits;            // [L, B, Q, C]
   Elements boxes;             // [L, B, Q, 4] cxcywh
   const int64_t* labels;      // [T]
@@ -143,13 +146,13 @@ namespace cpu {
 // All kernels compiled for one instruction set.
 struct Kernels {
   const char* name;
-  // Whether some pair was forbidden.
+  // Whether some pair was forbidden. Rows past offsets[B] are not written.
   bool (*assign_float)(const AssignmentArguments<float>&, int64_t begin, int64_t end);
   bool (*assign_double)(const AssignmentArguments<double>&, int64_t begin, int64_t end);
-  // cost [L, T, Q]; forbidden [L, B] or null.
+  // cost [L, T, Q]; forbidden [L, B]. Of one group.
   void (*matching_cost_float)(const CostArguments<float>&, float* cost, Forbidden*, int64_t begin, int64_t end);
   void (*matching_cost_double)(const CostArguments<double>&, double* cost, Forbidden*, int64_t begin, int64_t end);
-  // query_of_target [L, T]; forbidden [L, B].
+  // query_of_target [L, T * G], as assign's; forbidden [L, B, G].
   void (*match_float)(const CostArguments<float>&, int32_t* query_of_target, Forbidden*, int64_t begin, int64_t end);
   void (*match_double)(const CostArguments<double>&, int32_t* query_of_target, Forbidden*, int64_t begin, int64_t end);
   void (*set_loss_float)(const LossArguments<float>&, int64_t begin, int64_t end);
@@ -186,9 +189,9 @@ struct AssignPlan {
 };
 
 // max_count: an upper bound of the targets of one image. type: kFloat32 or kFloat64.
-AssignPlan assign_plan(const Batch&, int64_t max_count, ElementType type);
+AssignPlan assign_plan(const Batch&, int64_t groups, int64_t max_count, ElementType type);
 
-// Parts of a row whose minima matching_cost delivers.
+// Parts of a row of a group's queries whose minima matching_cost delivers.
 constexpr int64_t minima_segments(int64_t queries) { return (queries + 31) / 32; }
 
 // Writes all of query_of_target; prices must be 0 before. minima: of matching_cost on the same cost, or null.

@@ -68,7 +68,8 @@ void solve(Matrix<T> cost, bool maximize, int32_t* column_of_row) {
   int32_t* result = by_column ? reinterpret_cast<int32_t*>(copied + count) : column_of_row;
   const int32_t offsets[2] = {0, static_cast<int32_t>(rows)};
   const auto assign = [&] {
-    return detr::cpu::kernels().assign_double({{1, 1, columns, rows, offsets}, copied, result, nullptr, nullptr}, 0, 1);
+    return detr::cpu::kernels().assign_double({{1, 1, columns, rows, offsets}, 1, copied, result, nullptr, nullptr}, 0,
+                                              1);
   };
   if (assign() && has_too_large(copied, count)) {
     for (int64_t k = 0; k < count; ++k) copied[k] *= 0x1p-100;  // exact

@@ -73,9 +73,8 @@ class HungarianMatcher(nn.Module):
             raise ValueError(f"HungarianMatcher: invalid must be one of {known} or None, got {invalid!r}")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.kind, self.alpha, self.gamma, self.invalid, self.dialect = kind, alpha, gamma, invalid, dialect
-        # Counts of pairs by device, groups and queries of a group. No buffers: DistributedDataParallel would give all
-        # ranks those of the first.
-        self._statuses: dict[tuple[torch.device, int, int], Tensor] = {}
+        # Counts of pairs by device. No buffers: DistributedDataParallel would give all ranks those of the first.
+        self._statuses: dict[torch.device, Tensor] = {}
         self._status_on(torch.device("cpu"))
 
     @overload
@@ -94,17 +93,14 @@ class HungarianMatcher(nn.Module):
                 f"got {type(outputs).__name__} with {type(targets).__name__}"
             )
         if isinstance(outputs, Predictions) and isinstance(targets, Targets):
-            found = self._match(outputs, targets, self._status_on(outputs.logits.device))
-            return self._checked(found, outputs, targets)
+            return self.match_groups(outputs, targets, 1)
         predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])  # type: ignore[index]
         check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(targets))
         # Values that are wrong make pairs impossible, so that "raise" finds them anyway.
         num_labels, trust = self.num_labels(predictions.logits.shape[-1]), self._raises(predictions.logits)
         packed = Targets.pack(targets, num_labels, check_values=not trust)  # type: ignore[arg-type]
         packed = packed.to(predictions.logits.device)
-        found = self._match(predictions, packed, self._status_on(predictions.logits.device))
-        found = self._checked(found, predictions, packed)
-        return pairs_of(found[0], packed.offsets)
+        return pairs_of(self.match_groups(predictions, packed, 1)[0], packed.offsets)
 
     def num_labels(self, classes: int) -> int:
         """Labels that a target may have when there are this many logits: "no object" is none of them."""
@@ -115,40 +111,35 @@ class HungarianMatcher(nn.Module):
         return ((targets.labels >= 0) & (targets.labels < self.num_labels(predictions.logits.shape[-1])))[:, None]
 
     @torch.no_grad()
-    def match_groups(self, predictions: Predictions, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
+    def match_groups(self, predictions: Predictions, targets: Targets, groups: int) -> Tensor:
         """Matches all targets with each of `groups` groups of queries; group g has queries g Q/groups and following.
 
-        Returns query_of_target ``[L, groups * T]`` int32, queries in ``[0, Q)``, and the targets that its rows belong
-        to: those of each image `groups` times over, group by group. One call of the op, as for one group. Call it once
-        before it is captured in a CUDA graph: the first call makes the tensor that counts pairs for :meth:`report`.
+        Returns query_of_target ``[L, T * groups]`` int32, queries in ``[0, Q)``, of the rows of
+        ``targets.repeated(groups)``. One call of the op, as for one group.
+
+        Raises:
+            ValueError: the queries cannot be divided into that many groups of equal size, or as ``forward``.
 
         Source: Chen et al., "Group DETR", ICCV 2023.
         """
-        if groups == 1:
-            return self(predictions, targets), targets
-        repeated = targets.repeated(groups)
-        grouped = predictions.grouped(groups)
-        width = grouped.logits.shape[2]
-        found = self._match(grouped, repeated, self._status_on(predictions.logits.device, groups, width))
-        found = self._checked(found, predictions, targets)
-        first = (repeated.image_of_row() % groups * width).to(torch.int32)
-        found = torch.where(found >= 0, found + first, found)
-        offsets = repeated.offsets[::groups].contiguous()
-        return found, replace(repeated, offsets=offsets, max_count=groups * targets.max_count)
+        queries = predictions.logits.shape[2]
+        if groups < 1 or queries % groups:
+            raise ValueError(f"HungarianMatcher: groups must divide {queries} queries, got {groups}")
+        found = self._match(predictions, targets, groups, self._status_on(predictions.logits.device))
+        return self._checked(found, predictions, targets)
 
     def statuses(self) -> list[Tensor]:
         """The tensors that count pairs for :meth:`report`, of every device; they are never replaced."""
         return list(self._statuses.values())
 
-    def _status_on(self, device: torch.device, groups: int = 1, width: int = 0) -> Tensor:
-        key = (device, groups, width)
-        if key not in self._statuses:
+    def _status_on(self, device: torch.device) -> Tensor:
+        if device not in self._statuses:
             with torch.inference_mode(False):  # it is written to by steps that do differentiate, too
                 status = ForbiddenPairs.new_status(device)
             if isinstance(status, FakeTensor):  # of somebody who only wants to know shapes
                 return status
-            self._statuses = {**self._statuses, key: status}  # at once: replicas call from several threads
-        return self._statuses[key]
+            self._statuses = {**self._statuses, device: status}  # at once: replicas call from several threads
+        return self._statuses[device]
 
     def _apply(self, fn: Any, recurse: bool = True) -> HungarianMatcher:
         """Makes the status of a new device when the module moves there: compiled code and CUDA graphs cannot."""
@@ -156,23 +147,23 @@ class HungarianMatcher(nn.Module):
         self._status_on(fn(torch.empty(0)).device)
         return moved
 
-    def _match(self, predictions: Predictions, targets: Targets, status: Tensor) -> Tensor:
+    def _match(self, predictions: Predictions, targets: Targets, groups: int, status: Tensor) -> Tensor:
         arguments = (predictions.logits, predictions.boxes, targets.labels, targets.boxes, targets.offsets)
         costs = (self.cost_class, self.cost_bbox, self.cost_giou)
         most = targets.max_count
         options: dict[str, Any] = {"kind": self.kind, "alpha": self.alpha, "gamma": self.gamma, "dialect": self.dialect}
         options |= {"status": status, "max_count": most}
         if self.invalid in (None, "raise", "skip"):
-            return match(*arguments, *costs, **options)
+            return match(*arguments, *costs, groups=groups, **options)
         if status.device.type == "cpu" and not torch.compiler.is_compiling():
             # Looking costs nothing here, and mostly there is nothing to replace.
             known = int(status[0])
-            found = match(*arguments, *costs, **options)
+            found = match(*arguments, *costs, groups=groups, **options)
             if int(status[0]) == known:
                 return found
             del options["status"]
         cost = replaced(matching_cost(*arguments, *costs, **options), self.invalid, most)
-        return assign(cost.where(self.has_label(predictions, targets), torch.nan), targets.offsets, most)
+        return assign(cost.where(self.has_label(predictions, targets), torch.nan), targets.offsets, most, groups)
 
     def _checked(self, found: Tensor, predictions: Predictions, targets: Targets) -> Tensor:
         if self._raises(found):
@@ -190,16 +181,13 @@ class HungarianMatcher(nn.Module):
 
         Waits for the device.
         """
-        first, count = None, 0
-        for (_, groups, width), status in self._statuses.items():
+        found = []
+        for status in self._statuses.values():
             forbidden = ForbiddenPairs.read(status)
-            if forbidden is None:
-                continue
-            status.zero_()
-            count += forbidden.count
-            image, group = divmod(forbidden.image, groups)
-            first = first or replace(forbidden, image=image, query=forbidden.query + group * width)
-        return None if first is None else replace(first, count=count)
+            if forbidden is not None:
+                status.zero_()
+                found.append(forbidden)
+        return replace(found[0], count=sum(one.count for one in found)) if found else None
 
     def extra_repr(self) -> str:
         return (

@@ -125,18 +125,6 @@ class Predictions:
             outputs["aux_outputs"] = [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in pairs]
         return outputs
 
-    def grouped(self, groups: int) -> Predictions:
-        """Every group of queries as an image of its own: views ``[L, B * groups, Q / groups, ...]``.
-
-        Raises:
-            ValueError: the queries cannot be divided into that many groups of equal size.
-        """
-        layers, images, queries, classes = self.logits.shape
-        if groups < 1 or queries % groups:
-            raise ValueError(f"Predictions.grouped: groups must divide {queries} queries, got {groups}")
-        shape = (layers, images * groups, queries // groups)
-        return Predictions(self.logits.reshape(*shape, classes), self.boxes.reshape(*shape, 4))
-
 
 def without_masks(targets: Targets | Sequence[Mapping[str, Tensor]]) -> Targets | Sequence[Mapping[str, Tensor]]:
     """For losses that need none: masks are large, and may have any form then."""
@@ -241,20 +229,28 @@ class Targets:
     def repeated(self, groups: int) -> Targets:
         """The targets of each image `groups` times over: rows in the order image, group, target; without masks.
 
-        Offsets ``[B * groups + 1]`` make an image of every group, as :meth:`Predictions.grouped` does. Waits for no
-        device; rows past ``offsets[B]`` repeat some target and belong to no image.
+        Rows as :func:`detr_fast.ops.match` with groups returns them. Waits for no device; rows past the last offset
+        repeat some target.
 
         Raises:
             ValueError: `groups` is less than 1.
         """
         if groups < 1:
             raise ValueError(f"Targets.repeated: groups must be at least 1, got {groups}")
-        counts = self.offsets.diff().repeat_interleave(groups)
-        offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        rows = torch.arange(len(self.labels) * groups, device=offsets.device)
-        part = torch.searchsorted(offsets, rows, right=True).sub_(1).clamp_(max=max(len(counts) - 1, 0))
-        source = (rows - offsets[part] + self.offsets[part // groups]).clamp_(max=max(len(self.labels) - 1, 0))
-        return Targets(self.labels[source], self.boxes[source], offsets, self.max_count)
+        image, _, target = self.rows_of_groups(groups)
+        source = (self.offsets[image] + target).clamp_(max=max(len(self.labels) - 1, 0))
+        return Targets(self.labels[source], self.boxes[source], self.offsets * groups, self.max_count * groups)
+
+    def rows_of_groups(self, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, group and target within its image of each row of ``repeated(groups)``: ``[T * groups]`` int64 each.
+
+        Waits for no device; what rows past the last offset have is meaningless.
+        """
+        rows = torch.arange(len(self.labels) * groups, device=self.offsets.device)
+        image = torch.searchsorted(self.offsets * groups, rows, right=True).sub_(1).clamp_(0, max(len(self) - 1, 0))
+        start, end = self.offsets[image], self.offsets[(image + 1).clamp_(max=len(self))]
+        row_in_image, count = rows - start * groups, (end - start).clamp_(min=1)
+        return image, row_in_image // count, row_in_image % count
 
     def image_of_row(self) -> Tensor:  # [T] int64
         """Image of each row; of rows past ``offsets[B]`` the last one. Waits for no device."""

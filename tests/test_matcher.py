@@ -188,7 +188,7 @@ def test_groups_are_matched_as_if_alone(counts: tuple[int, ...]) -> None:
     packed = Targets.pack(targets)
     predictions = Predictions.from_dict(outputs)
     matcher = HungarianMatcher(1, 5, 2)
-    found, repeated = matcher.match_groups(predictions, packed, groups)
+    found, repeated = matcher.match_groups(predictions, packed, groups), packed.repeated(groups)
     assert found.shape == (1, groups * sum(counts))
     assert repeated.offsets.tolist() == [groups * start for start in packed.offsets.tolist()]
     assert repeated.max_count == groups * max(counts)

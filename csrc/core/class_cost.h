@@ -1,4 +1,4 @@
-// Sigmoid terms of class costs and losses, for scalars and for SIMD lanes. `Math` supplies exp and log for V.
+// Sigmoid terms of class costs and losses, for scalars and for SIMD lanes. `Math` supplies exp, log and log1p for V.
 // Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; cost: Zhu et al., "Deformable DETR", ICLR 2021; soft
 // goals: Zhang et al., "VarifocalNet", CVPR 2021 (varifocal), Huang et al., "DEIM", CVPR 2025 (mal), Chen et al.,
 // "LW-DETR", 2024, after Cai et al., "Align-DETR", 2023 (ia_bce).
@@ -19,11 +19,8 @@ template <typename Math, typename V>
 DETR_HD Sigmoid<V> sigmoid_of(V x) {
   const V zero = x - x;
   const V e = Math::exp(-magnitude(x));
-  const V sum = e + 1;
-  // log1p(e): the rounding error of 1 + e is divided out again.
-  const V rounded = sum - 1;
-  const V log1p = rounded == zero ? e : Math::log(sum) * (e / rounded);
-  const V large = 1 / sum, small = e / sum;
+  const V log1p = Math::log1p(e);
+  const V large = 1 / (e + 1), small = e * large;
   return {x >= zero ? large : small, x >= zero ? small : large, larger(-x, zero) + log1p, larger(x, zero) + log1p};
 }
 

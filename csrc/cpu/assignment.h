@@ -43,10 +43,10 @@ class Solver {
     frozen_ = arena.take<bool>(width_);
   }
 
-  // column_of_row [rows], -1 where a row had to stay out; prices [rows] and [columns], or null. Returns false, with
-  // nothing written, if `all_allowed` is asked for and some entry is forbidden.
-  bool solve(const T* cost, bool all_allowed, int32_t* column_of_row, T* row_price, T* column_price) {
-    cost_ = cost;
+  // Rows of the cost are `stride` apart. column_of_row [rows], -1 where a row had to stay out; prices [rows] and
+  // [columns], or null. Returns false, with nothing written, if `all_allowed` is asked for and some entry is forbidden.
+  bool solve(const T* cost, int64_t stride, bool all_allowed, int32_t* column_of_row, T* row_price, T* column_price) {
+    cost_ = cost, stride_ = stride;
     if (!start_greedily() && all_allowed) return false;
     if (row_price)
       for (int64_t i = 0; i < rows_; ++i) row_price[i] = 0;
@@ -69,7 +69,7 @@ class Solver {
  private:
   static constexpr int32_t kRoot = -1;
 
-  const T* cost_row(int64_t row) const { return cost_ + row * columns_; }
+  const T* cost_row(int64_t row) const { return cost_ + row * stride_; }
 
   // Every row takes its cheapest column if nobody before it has; the others wait. False if an entry is forbidden.
   bool start_greedily() {
@@ -299,9 +299,9 @@ class Solver {
     shift_rows(root, lowest_cost_[root] + distance, out);
   }
 
-  int64_t rows_, columns_, width_;
+  int64_t rows_, columns_, width_, stride_ = 0;
   int64_t slots_ = 0, waiting_count_ = 0, popped_count_ = 0;
-  const T* cost_ = nullptr;      // [rows, columns]
+  const T* cost_ = nullptr;      // [rows, columns], rows stride_ apart
   T *best_cost_, *lowest_cost_;  // [rows] best free cost; cost of the best column of all
   T *key_, *slot_price_, *saved_price_, *distance_, *row_price_;  // [slots] price of a popped or frozen slot is saved
   T* taken_;                                                      // [columns] +infinity where taken, else 0
@@ -312,13 +312,14 @@ class Solver {
   bool* frozen_;
 };
 
-// Copies [rows, columns] with forbidden entries as +infinity, transposed if asked; returns whether there were any.
+// Copies [rows, columns], rows `stride` apart, with forbidden entries as +infinity, transposed if asked; returns
+// whether there were any.
 template <typename T>
-bool copy_allowed(const T* cost, int64_t rows, int64_t columns, bool transpose, T* to) {
+bool copy_allowed(const T* cost, int64_t stride, int64_t rows, int64_t columns, bool transpose, T* to) {
   bool forbidden = false;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
-      const T x = cost[i * columns + j];
+      const T x = cost[i * stride + j];
       const bool allowed = magnitude(x) < kCostLimit<T>;
       forbidden |= !allowed;
       to[transpose ? j * rows + i : i * columns + j] = allowed ? x : kInfinity<T>;
@@ -329,8 +330,8 @@ bool copy_allowed(const T* cost, int64_t rows, int64_t columns, bool transpose, 
 
 // Solves a copy of cost [targets, queries] in which the smaller side is the rows.
 template <typename T>
-bool solve_copy(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price,
-                T* query_price) {
+bool solve_copy(const T* cost, int64_t stride, int64_t targets, int64_t queries, int32_t* query_of_target,
+                T* target_price, T* query_price) {
   const bool transpose = targets > queries;
   const int64_t rows = transpose ? queries : targets, columns = transpose ? targets : queries;
   Arena measure(nullptr);
@@ -341,40 +342,68 @@ bool solve_copy(const T* cost, int64_t targets, int64_t queries, int32_t* query_
   Solver<T> solver(arena, rows, columns);
   T* copied = arena.take<T>(rows * columns);
   int32_t* target_of_query = arena.take<int32_t>(rows);
-  const bool forbidden = copy_allowed<T>(cost, targets, queries, transpose, copied);
+  const bool forbidden = copy_allowed<T>(cost, stride, targets, queries, transpose, copied);
   if (!transpose) {
-    solver.solve(copied, false, query_of_target, target_price, query_price);
+    solver.solve(copied, columns, false, query_of_target, target_price, query_price);
     return forbidden;
   }
-  solver.solve(copied, false, target_of_query, query_price, target_price);
+  solver.solve(copied, columns, false, target_of_query, query_price, target_price);
   for (int64_t t = 0; t < targets; ++t) query_of_target[t] = -1;
   for (int64_t q = 0; q < queries; ++q)
     if (target_of_query[q] >= 0) query_of_target[target_of_query[q]] = int32_t(q);
   return forbidden;
 }
 
-// cost [targets, queries]; prices may be null. Returns whether any pair was forbidden.
+// cost [targets, queries], rows `stride` apart; prices may be null. Returns whether any pair was forbidden.
 template <typename T>
-bool solve_problem(const T* cost, int64_t targets, int64_t queries, int32_t* query_of_target, T* target_price,
-                   T* query_price) {
+bool solve_problem(const T* cost, int64_t stride, int64_t targets, int64_t queries, int32_t* query_of_target,
+                   T* target_price, T* query_price) {
   if (targets <= queries) {
     Arena measure(nullptr);
     Solver<T>(measure, targets, queries);
     Arena arena(scratch(Scratch::kSolver, measure.used()));
-    if (Solver<T>(arena, targets, queries).solve(cost, true, query_of_target, target_price, query_price)) return false;
+    Solver<T> solver(arena, targets, queries);
+    if (solver.solve(cost, stride, true, query_of_target, target_price, query_price)) return false;
   }
-  return solve_copy(cost, targets, queries, query_of_target, target_price, query_price);
+  return solve_copy(cost, stride, targets, queries, query_of_target, target_price, query_price);
 }
+
+// Where a problem's numbers are.
+struct Problem {
+  int64_t layer, image, group, queries;
+  int64_t first_query;            // of all layers and images
+  int64_t first_target, targets;  // of the image
+  int64_t first_row;              // of the result, of all layers
+
+  Problem(const Batch& batch, int64_t groups, int64_t p)
+      : layer(p / groups / batch.images),
+        image(p / groups % batch.images),
+        group(p % groups),
+        queries(batch.queries / groups),
+        first_query(p * queries),
+        first_target(batch.offsets[image]),
+        targets(batch.offsets[image + 1] - first_target),
+        first_row((layer * batch.targets + first_target) * groups + group * targets) {}
+
+  // Queries of the group to queries of the image.
+  void number_queries(int32_t* query_of_target) const {
+    for (int64_t t = 0; group > 0 && t < targets; ++t)
+      if (query_of_target[t] >= 0) query_of_target[t] += int32_t(group * queries);
+  }
+};
 
 template <typename T>
 bool assign(const AssignmentArguments<T>& a, int64_t begin, int64_t end) {
   bool forbidden = false;
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t first = a.batch.offsets[p % a.batch.images], count = a.batch.offsets[p % a.batch.images + 1] - first;
-    const int64_t at = p / a.batch.images * a.batch.targets + first;
-    forbidden |= solve_problem<T>(a.cost + at * a.batch.queries, count, a.batch.queries, a.query_of_target + at,
-                                  a.target_price ? a.target_price + at : nullptr,
-                                  a.query_price ? a.query_price + p * a.batch.queries : nullptr);
+    const Problem problem(a.batch, a.groups, p);
+    const int64_t row = problem.layer * a.batch.targets + problem.first_target;
+    int32_t* result = a.query_of_target + problem.first_row;
+    forbidden |= solve_problem<T>(a.cost + row * a.batch.queries + problem.group * problem.queries, a.batch.queries,
+                                  problem.targets, problem.queries, result,
+                                  a.target_price ? a.target_price + problem.first_row : nullptr,
+                                  a.query_price ? a.query_price + problem.first_query : nullptr);
+    problem.number_queries(result);
   }
   return forbidden;
 }

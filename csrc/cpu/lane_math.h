@@ -1,4 +1,5 @@
-// exp (of numbers <= 0) and log of SIMD lanes. float: polynomials; double: the C library's, lane by lane.
+// exp (of numbers <= 0), log and log1p (of numbers in [0, 1]) of SIMD lanes. float: polynomials; double: the C
+// library's, lane by lane.
 #pragma once
 
 #include <cmath>
@@ -26,6 +27,10 @@ struct LaneMath<double> {
     for (int k = 0; k < kLanes<double>; ++k) x[k] = std::log(x[k]);
     return x;
   }
+  static DETR_HD V log1p(V x) {
+    for (int k = 0; k < kLanes<double>; ++k) x[k] = std::log1p(x[k]);
+    return x;
+  }
 };
 
 // The same functions for one number.
@@ -33,6 +38,7 @@ template <typename T>
 struct ScalarMath {
   static DETR_HD T exp(T x) { return std::exp(x); }
   static DETR_HD T log(T x) { return std::log(x); }
+  static DETR_HD T log1p(T x) { return std::log1p(x); }
 };
 
 }  // namespace

@@ -13,18 +13,6 @@ namespace {
 
 constexpr Forbidden kNoneForbidden = {0, std::numeric_limits<int64_t>::max()};
 
-// Where a problem's numbers are.
-struct Problem {
-  int64_t layer, image, first_target, targets, first_query;
-
-  Problem(const Batch& batch, int64_t p)
-      : layer(p / batch.images),
-        image(p % batch.images),
-        first_target(batch.offsets[image]),
-        targets(batch.offsets[image + 1] - first_target),
-        first_query(p * batch.queries) {}
-};
-
 template <typename T>
 DETR_HD T largest_of_row(const T* row, int64_t classes) {
   Value<T> top = all_lanes(-kInfinity<T>);
@@ -66,7 +54,7 @@ DETR_HD bool is_known(const CostArguments<T>& a, int64_t label) {
 // Class terms of one problem into cost [targets, queries]: softmax.
 template <typename T>
 void softmax_costs(const CostArguments<T>& a, const Problem& problem, T* rows, T* cost) {
-  const int64_t queries = a.batch.queries, padded = round_up(a.classes, kLanes<T>);
+  const int64_t queries = problem.queries, padded = round_up(a.classes, kLanes<T>);
   const int64_t* labels = a.labels + problem.first_target;
   T largest[kRowBlock], scale[kRowBlock];
   for (int64_t start = 0; start < queries; start += kRowBlock) {
@@ -89,7 +77,7 @@ void softmax_costs(const CostArguments<T>& a, const Problem& problem, T* rows, T
 // The same, focal, which reads the logits of the targets' labels only.
 template <typename T>
 void focal_costs(const CostArguments<T>& a, const Problem& problem, T* cost) {
-  const int64_t queries = a.batch.queries, size = problem.targets * queries;
+  const int64_t queries = problem.queries, size = problem.targets * queries;
   const int64_t* labels = a.labels + problem.first_target;
   with_reader<T>(a.logits, [&](auto logit) {
     for (int64_t start = 0; start < queries; start += kRowBlock) {  // whose cache lines the labels share
@@ -115,15 +103,15 @@ struct BoxLanes {
   T *cx, *cy, *w, *h;  // [queries], padded to full vectors
 };
 
-// Adds L1 and GIoU terms of one target to its row of costs.
+// Adds L1 and GIoU terms of one target to its row of costs [queries].
 template <typename T>
-void add_box_costs(const CostArguments<T>& a, const BoxLanes<T>& boxes, CentreBox<T> target, T* cost) {
+void add_box_costs(const CostArguments<T>& a, const BoxLanes<T>& boxes, int64_t queries, CentreBox<T> target, T* cost) {
   const CentreBox<Value<T>> goal = {all_lanes(target.cx), all_lanes(target.cy), all_lanes(target.w),
                                     all_lanes(target.h)};
-  for (int64_t q = 0; q < a.batch.queries; q += kLanes<T>) {
+  for (int64_t q = 0; q < queries; q += kLanes<T>) {
     const CentreBox<Value<T>> box = {load<T>(boxes.cx + q), load<T>(boxes.cy + q), load<T>(boxes.w + q),
                                      load<T>(boxes.h + q)};
-    const int64_t count = a.batch.queries - q;
+    const int64_t count = queries - q;
     const Value<T> class_cost = load_some<T>(cost + q, count, T(0));
     const Value<T> box_cost = a.box_weight * l1_distance(box, goal) + class_cost;
     store_some<T>(cost + q, box_cost - a.giou_weight * giou_or_nan(box, goal, a.guard), count);
@@ -139,23 +127,23 @@ DETR_HD CentreBox<T> target_box(const CostArguments<T>& a, int64_t target) {
 // Cost [targets, queries] of one problem.
 template <typename T>
 void problem_cost(const CostArguments<T>& a, const Problem& problem, T* work, T* cost) {
-  const int64_t padded = round_up(a.batch.queries, kLanes<T>);
+  const int64_t queries = problem.queries, padded = round_up(queries, kLanes<T>);
   const BoxLanes<T> boxes = {work, work + padded, work + 2 * padded, work + 3 * padded};
   with_reader<T>(a.boxes, [&](auto number) {
-    for (int64_t q = 0; q < a.batch.queries; ++q) {
+    for (int64_t q = 0; q < queries; ++q) {
       const int64_t at = 4 * (problem.first_query + q);
       boxes.cx[q] = number(at), boxes.cy[q] = number(at + 1), boxes.w[q] = number(at + 2), boxes.h[q] = number(at + 3);
     }
   });
-  for (int64_t q = a.batch.queries; q < padded; ++q) boxes.cx[q] = boxes.cy[q] = boxes.w[q] = boxes.h[q] = 0;
+  for (int64_t q = queries; q < padded; ++q) boxes.cx[q] = boxes.cy[q] = boxes.w[q] = boxes.h[q] = 0;
   is_softmax(a.kind) ? softmax_costs(a, problem, work + 4 * padded, cost) : focal_costs(a, problem, cost);
   for (int64_t t = 0; t < problem.targets; ++t)
-    add_box_costs(a, boxes, target_box(a, problem.first_target + t), cost + t * a.batch.queries);
+    add_box_costs(a, boxes, queries, target_box(a, problem.first_target + t), cost + t * queries);
 }
 
 template <typename T>
 int64_t cost_work_size(const CostArguments<T>& a) {
-  return 4 * round_up(a.batch.queries, kLanes<T>) + row_block_size<T>(a.classes);
+  return 4 * round_up(a.batch.queries / a.groups, kLanes<T>) + row_block_size<T>(a.classes);
 }
 
 // Which terms of a forbidden pair are at fault.
@@ -196,11 +184,12 @@ template <typename T>
 Forbidden find_forbidden(const CostArguments<T>& a, const Problem& problem, const T* cost, T* row) {
   Forbidden found = kNoneForbidden;
   for (int64_t t = 0; t < problem.targets; ++t) {
-    for (int64_t q = 0; q < a.batch.queries; ++q) {
-      if (magnitude(cost[t * a.batch.queries + q]) < kCostLimit<T>) continue;
+    for (int64_t q = 0; q < problem.queries; ++q) {
+      if (magnitude(cost[t * problem.queries + q]) < kCostLimit<T>) continue;
       if (found.count++ > 0) continue;
       const int64_t terms = terms_at_fault(a, problem.first_query + q, problem.first_target + t, row);
-      const int64_t position = ((problem.layer << kImageBits | problem.image) << kTargetBits | t) << kQueryBits | q;
+      const int64_t query = problem.group * problem.queries + q;
+      const int64_t position = ((problem.layer << kImageBits | problem.image) << kTargetBits | t) << kQueryBits | query;
       found.first = position << kTermBits | terms;
     }
   }
@@ -211,7 +200,7 @@ template <typename T>
 void matching_cost(const CostArguments<T>& a, T* cost, Forbidden* forbidden, int64_t begin, int64_t end) {
   T* work = static_cast<T*>(scratch(Scratch::kCost, cost_work_size(a) * sizeof(T)));
   for (int64_t p = begin; p < end; ++p) {
-    const Problem problem(a.batch, p);
+    const Problem problem(a.batch, a.groups, p);
     forbidden[p] = kNoneForbidden;
     if (problem.targets == 0) continue;
     T* own = cost + (problem.layer * a.batch.targets + problem.first_target) * a.batch.queries;
@@ -223,15 +212,16 @@ void matching_cost(const CostArguments<T>& a, T* cost, Forbidden* forbidden, int
 template <typename T>
 void match(const CostArguments<T>& a, int32_t* query_of_target, Forbidden* forbidden, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
-    const Problem problem(a.batch, p);
+    const Problem problem(a.batch, a.groups, p);
     forbidden[p] = kNoneForbidden;
     if (problem.targets == 0) continue;
-    const int64_t size = round_up(problem.targets * a.batch.queries, kLanes<T>);
+    const int64_t size = round_up(problem.targets * problem.queries, kLanes<T>);
     T* cost = static_cast<T*>(scratch(Scratch::kCost, (size + cost_work_size(a)) * sizeof(T)));
     problem_cost(a, problem, cost + size, cost);
-    int32_t* result = query_of_target + problem.layer * a.batch.targets + problem.first_target;
-    if (solve_problem<T>(cost, problem.targets, a.batch.queries, result, nullptr, nullptr))
+    int32_t* result = query_of_target + problem.first_row;
+    if (solve_problem<T>(cost, problem.queries, problem.targets, problem.queries, result, nullptr, nullptr))
       forbidden[p] = find_forbidden(a, problem, cost, cost + size);
+    problem.number_queries(result);
   }
 }
 

@@ -157,7 +157,7 @@ void set_loss(const LossArguments<T>& a, int64_t begin, int64_t end) {
   T* rows = static_cast<T*>(scratch(Scratch::kCost, block * sizeof(T) + a.batch.queries * sizeof(int32_t)));
   for (int64_t p = begin; p < end; ++p) {
     LossSums sums = {};
-    problem_loss(a, Problem(a.batch, p), reinterpret_cast<int32_t*>(rows + block), rows, sums);
+    problem_loss(a, Problem(a.batch, 1, p), reinterpret_cast<int32_t*>(rows + block), rows, sums);
     a.sums[p] = sums;
   }
 }

@@ -89,13 +89,13 @@ __device__ Counts start_greedily(const CostView<T, kStrided>& view, const Worksp
 }
 
 // Row minima from what the cost kernel left for every 32 queries, a row by eight lanes.
-__device__ __forceinline__ void read_minima(const uint64_t* minima,  // [rows, segments]
-                                            int segments, int rows, const Workspace<float>& ws) {
+__device__ __forceinline__ void read_minima(const uint64_t* minima,  // [rows, segments], rows `stride` apart
+                                            int stride, int segments, int rows, const Workspace<float>& ws) {
   constexpr int kLanes = 8;
   const int lane = threadIdx.x % kLanes;
   for (int start = 0; start < rows; start += kThreads / kLanes) {
     const int i = start + int(threadIdx.x) / kLanes;
-    const uint64_t* own = minima + int64_t(smaller(i, rows - 1)) * segments;
+    const uint64_t* own = minima + int64_t(smaller(i, rows - 1)) * stride;
     uint64_t least = ~uint64_t(0);
     for (int s = lane; s < segments; s += kLanes) least = smaller(own[s], least);
 #pragma unroll
@@ -143,9 +143,9 @@ __device__ void gather_costs(const CostView<float, false>& view, const Workspace
 template <typename T>
 struct AssignLaunch {
   AssignmentArguments<T> arguments;
-  const uint64_t* minima;  // [L, T, segments] packed cost and query, or null
+  const uint64_t* minima;  // [L, T, G, segments] packed cost and query, or null
   int segments;
-  unsigned char* scratch;  // [L, B, scratch_bytes], for problems that do not fit shared memory
+  unsigned char* scratch;  // [L, B, G, scratch_bytes], for problems that do not fit shared memory
   size_t scratch_bytes, shared_bytes;
   bool heavy_first;  // more blocks than the device runs at once
 };
@@ -153,25 +153,29 @@ struct AssignLaunch {
 // One problem and where its results go.
 template <typename T>
 struct Problem {
-  const T* cost;      // [targets, queries]
-  int64_t first_row;  // of all layers
-  int targets, queries;
+  const T* cost;      // [targets, queries], rows `stride` apart
+  int64_t first_row;  // of the costs of all layers
+  int group, targets, queries, stride, first_query;
   bool transposed;           // rows are queries
   int32_t* query_of_target;  // [targets]
   T *target_price, *query_price;
 
-  __device__ Problem(const AssignmentArguments<T>& a, int layer, int image) {
+  __device__ Problem(const AssignmentArguments<T>& a, int layer, int image, int number_of_group) {
     const Batch& batch = a.batch;
+    const int groups = int(a.groups);
+    group = number_of_group;
     const Segment segment = segment_of(batch, image);
-    const int64_t at = layer * batch.targets + segment.begin;
     targets = segment.end - segment.begin;
-    queries = int(batch.queries);
+    stride = int(batch.queries);
+    queries = stride / groups;
+    first_query = group * queries;
     transposed = targets > queries;
-    cost = a.cost + at * queries;
-    first_row = at;
-    query_of_target = a.query_of_target + at;
-    target_price = a.target_price ? a.target_price + at : nullptr;
-    query_price = a.query_price ? a.query_price + (layer * batch.images + image) * batch.queries : nullptr;
+    first_row = layer * batch.targets + segment.begin;
+    cost = a.cost + first_row * stride + first_query;
+    const int64_t result = first_row * groups + int64_t(group) * targets;
+    query_of_target = a.query_of_target + result;
+    target_price = a.target_price ? a.target_price + result : nullptr;
+    query_price = a.query_price ? a.query_price + (layer * batch.images + image) * stride + first_query : nullptr;
   }
 
   __device__ int rows() const { return transposed ? queries : targets; }
@@ -179,7 +183,7 @@ struct Problem {
 
   template <bool kStrided>
   __device__ CostView<T, kStrided> view() const {
-    return {cost, rows(), columns(), transposed ? 1 : queries, transposed ? queries : 1};
+    return {cost, rows(), columns(), transposed ? 1 : stride, transposed ? stride : 1};
   }
 
   // By the threads rank, rank + size, ...; the arrays are -1 and 0 before.
@@ -189,7 +193,7 @@ struct Problem {
     for (int k = rank; k < slots; k += size) {
       const Slot<T> slot = ws.slot[k];
       const int column = ws.column_of_slot[k];
-      query_of_target[transposed ? column : slot.row] = transposed ? slot.row : column;
+      query_of_target[transposed ? column : slot.row] = first_query + (transposed ? slot.row : column);
       if (row_price) row_price[slot.row] = slot.row_price;
       if (column_price) column_price[column] = ws.price[k];
     }
@@ -203,7 +207,9 @@ __device__ __forceinline__ void solve_by_warp(const AssignLaunch<float>& launch,
   const auto view = problem.view<false>();
   const Workspace<float> ws(dynamic_shared, view.rows);
   if (launch.minima) {
-    read_minima(launch.minima + problem.first_row * launch.segments, launch.segments, view.rows, ws);
+    const int stride = int(launch.arguments.groups) * launch.segments;
+    const uint64_t* minima = launch.minima + problem.first_row * stride + problem.group * launch.segments;
+    read_minima(minima, stride, launch.segments, view.rows, ws);
   } else {
     find_minima(view, ws);
   }
@@ -248,14 +254,15 @@ template <typename T, int kMostRows>
 __global__ void __launch_bounds__(kThreads, kMostRows == kAnyRows ? 1 : 2) assign_kernel(const AssignLaunch<T> launch) {
   const AssignmentArguments<T>& a = launch.arguments;
   const Batch& batch = a.batch;
-  const unsigned layers = unsigned(batch.layers), layer = blockIdx.x % layers;
-  const int number_of_image = int(blockIdx.x / layers);
+  const unsigned layers = unsigned(batch.layers), groups = unsigned(a.groups);
+  const unsigned layer = blockIdx.x % layers, group = blockIdx.x / layers % groups;
+  const int number_of_image = int(blockIdx.x / layers / groups);
   const int image = launch.heavy_first ? ranked_image(batch, number_of_image) : number_of_image;
-  const Problem<T> problem(a, int(layer), image);
+  const Problem<T> problem(a, int(layer), image, int(group));
   for (int t = threadIdx.x; t < problem.targets; t += kThreads) problem.query_of_target[t] = -1;
-  if (image + 1 == batch.images)  // rows past the last offset
-    for (int64_t t = end_of_targets(batch) + int(threadIdx.x); t < batch.targets; t += kThreads)
-      a.query_of_target[layer * batch.targets + t] = -1;
+  if (image + 1 == batch.images && group == 0)  // rows past the last offset
+    for (int64_t t = end_of_targets(batch) * a.groups + int(threadIdx.x); t < batch.targets * a.groups; t += kThreads)
+      a.query_of_target[layer * batch.targets * a.groups + t] = -1;
   if (problem.rows() == 0) return;
 
   const size_t bytes = Workspace<T>::bytes(problem.rows(), problem.columns());
@@ -270,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kMostRows == kAnyRows ? 1 : 2) assig
       if (in_shared && !problem.transposed && problem.rows() <= kRegisterRows)
         return solve_by_warp<kMostRows>(launch, problem, bytes);
     }
-    const int64_t number = layer * batch.images + image;
+    const int64_t number = (layer * batch.images + image) * a.groups + group;
     solve_by_block(problem, in_shared ? dynamic_shared : launch.scratch + number * launch.scratch_bytes);
   }
 }
@@ -278,12 +285,12 @@ __global__ void __launch_bounds__(kThreads, kMostRows == kAnyRows ? 1 : 2) assig
 template <typename T>
 AssignLaunch<T> launch_of(const AssignmentArguments<T>& a, const uint64_t* minima, const AssignPlan& plan,
                           void* scratch) {
-  const int64_t blocks = a.batch.layers * a.batch.images;
+  const int64_t blocks = a.batch.layers * a.batch.images * a.groups;
   const bool heavy_first =
       a.batch.images <= kThreads && blocks > 2 * attribute_of_device(cudaDevAttrMultiProcessorCount, "assign");
   return {a,
           minima,
-          static_cast<int>(minima_segments(a.batch.queries)),
+          static_cast<int>(minima_segments(a.batch.queries / a.groups)),
           static_cast<unsigned char*>(scratch),
           plan.scratch_bytes,
           plan.shared_bytes,
@@ -292,9 +299,10 @@ AssignLaunch<T> launch_of(const AssignmentArguments<T>& a, const uint64_t* minim
 
 }  // namespace
 
-AssignPlan assign_plan(const Batch& batch, int64_t max_count, ElementType type) {
+AssignPlan assign_plan(const Batch& batch, int64_t groups, int64_t max_count, ElementType type) {
   max_count = std::min(max_count, batch.targets);
-  const int64_t rows = std::min(max_count, batch.queries), columns = std::max(max_count, batch.queries);
+  const int64_t queries = batch.queries / groups;
+  const int64_t rows = std::min(max_count, queries), columns = std::max(max_count, queries);
   const size_t limit = shared_memory_limit("assign");
   if (type == ElementType::kFloat64) {
     const size_t bytes = Workspace<double>::bytes(rows, columns);
@@ -302,7 +310,7 @@ AssignPlan assign_plan(const Batch& batch, int64_t max_count, ElementType type) 
   }
   const int64_t small = std::min<int64_t>(rows, kRegisterRows);
   const size_t searched_by_warp = Workspace<float>::bytes(small, columns) + gathered_bytes(small);
-  if (max_count <= batch.queries && rows <= kRegisterRows && searched_by_warp <= limit)
+  if (max_count <= queries && rows <= kRegisterRows && searched_by_warp <= limit)
     return {rows <= 64 ? 64 : kRegisterRows, searched_by_warp, 0};
   const size_t bytes = Workspace<float>::bytes(rows, columns);
   return {kAnyRows, std::min(std::max(bytes, searched_by_warp), limit), bytes <= limit ? 0 : (bytes + 15) / 16 * 16};
@@ -311,7 +319,7 @@ AssignPlan assign_plan(const Batch& batch, int64_t max_count, ElementType type) 
 void assign(const AssignmentArguments<float>& a, const uint64_t* minima, const AssignPlan& plan, void* scratch,
             void* stream) {
   const auto start = [&](auto kernel) {
-    launch("assign", kernel, a.batch.layers * a.batch.images, kThreads, plan.shared_bytes, stream,
+    launch("assign", kernel, a.batch.layers * a.batch.images * a.groups, kThreads, plan.shared_bytes, stream,
            launch_of(a, minima, plan, scratch));
   };
   if (plan.most_rows == 64) return start(assign_kernel<float, 64>);
@@ -321,8 +329,8 @@ void assign(const AssignmentArguments<float>& a, const uint64_t* minima, const A
 
 void assign(const AssignmentArguments<double>& a, const uint64_t* minima, const AssignPlan& plan, void* scratch,
             void* stream) {
-  launch("assign", assign_kernel<double, kAnyRows>, a.batch.layers * a.batch.images, kThreads, plan.shared_bytes,
-         stream, launch_of(a, minima, plan, scratch));
+  launch("assign", assign_kernel<double, kAnyRows>, a.batch.layers * a.batch.images * a.groups, kThreads,
+         plan.shared_bytes, stream, launch_of(a, minima, plan, scratch));
 }
 
 }  // namespace detr::cuda

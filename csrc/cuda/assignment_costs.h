@@ -14,15 +14,14 @@ __device__ __forceinline__ T allowed_or_infinite(T cost) {
 }
 
 // A problem with rows <= columns. Forbidden costs read as +infinity. Columns are neighbours in memory, or, kStrided,
-// anything apart.
+// column_stride apart.
 template <typename T, bool kStrided>
 struct CostView {
   const T* cost;
   int rows, columns, row_stride, column_stride;
 
   __device__ __forceinline__ T stored(int row, int column) const {
-    const int64_t step = kStrided ? column_stride : 1, stride = kStrided ? row_stride : columns;
-    return cost[row * stride + column * step];
+    return cost[int64_t(row) * row_stride + int64_t(column) * (kStrided ? column_stride : 1)];
   }
   __device__ __forceinline__ T at(int row, int column) const { return allowed_or_infinite(stored(row, column)); }
 };

@@ -1,10 +1,10 @@
 // Matching cost of every target with the queries of its own image: the arithmetic of cpu/matching_cost.h in the same
 // order, so the same bits in float.
 //
-// A block takes 64 queries of one image in one layer. For softmax, teams of 16 lanes read a query's logits once, into
-// shared memory where they fit (383 classes), and find maximum and sum; for focal only the targets' labels are read.
-// Then each warp takes 32 queries and every fourth target: rows of the cost are written whole, and their minima are
-// left for the assignment.
+// A block takes 64 queries of one group of an image in one layer. For softmax, teams of 16 lanes read a query's logits
+// once, into shared memory where they fit (383 classes), and find maximum and sum; for focal only the targets' labels
+// are read. Then each warp takes 32 queries and every fourth target: rows of the cost are written whole, and their
+// minima are left for the assignment.
 #include "../core/class_cost.h"
 #include "../kernels.h"
 #include "elements.h"
@@ -27,7 +27,7 @@ template <typename T>
 struct CostLaunch {
   CostArguments<T> arguments;
   T* cost;           // [L, T, Q]
-  uint64_t* minima;  // [L, T, segments], or null; float only
+  uint64_t* minima;  // [L, T, G, segments], or null; float only
   int segments;
   int64_t* status;  // [2], or null
   int row_stride;   // of a query's logits in shared memory, 0 if they stay in global memory
@@ -124,8 +124,10 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
   const CostArguments<T>& a = launch.arguments;
   const Batch& batch = a.batch;
   const int queries = int(batch.queries), classes = int(a.classes);
-  const unsigned tiles = unsigned(queries + kTile - 1) / kTile, number = blockIdx.x / tiles;
-  const int start = int(blockIdx.x % tiles) * kTile, count = smaller(kTile, queries - start);
+  const int groups = int(a.groups), width = queries / groups;
+  const unsigned tiles = unsigned(width + kTile - 1) / kTile, number = blockIdx.x / tiles / unsigned(groups);
+  const int group = int(blockIdx.x / tiles % unsigned(groups)), start_in_group = int(blockIdx.x % tiles) * kTile;
+  const int start = group * width + start_in_group, count = smaller(kTile, width - start_in_group);
   const int layer = int(number / unsigned(batch.images)), image = int(number % unsigned(batch.images));
   const Segment segment = segment_of(batch, image);
   const int first_target = segment.begin, targets = segment.end - segment.begin;
@@ -176,9 +178,9 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
         const uint32_t key = ordered(allowed && is_query ? pair.total : kInfinity<float>);
         const uint32_t least = __reduce_min_sync(kAllLanes, key);
         const int first = __ffs(int(__ballot_sync(kAllLanes, key == least))) - 1;
-        const int part = (start + warp % 2 * kWarpSize) / kWarpSize;
+        const int part = start_in_group / kWarpSize + warp % 2;
         if (lane == 0 && part < launch.segments)
-          launch.minima[(first_row + t) * launch.segments + part] =
+          launch.minima[((first_row + t) * groups + group) * launch.segments + part] =
               uint64_t(least) << 32 | unsigned(part * kWarpSize + first);
       }
     }
@@ -188,13 +190,13 @@ __global__ void __launch_bounds__(kThreads) matching_cost_kernel(const CostLaunc
 
 template <typename T>
 void enqueue(const CostArguments<T>& a, T* cost, uint64_t* minima, int64_t* status, void* stream) {
-  const int64_t tiles = (a.batch.queries + kTile - 1) / kTile;
+  const int64_t width = a.batch.queries / a.groups, tiles = (width + kTile - 1) / kTile;
   const size_t row_bytes = (a.classes | 1) * sizeof(T);  // odd: no two queries of a warp meet in a bank
   const bool in_shared = a.kind == ClassKind::kSoftmax && kTile * row_bytes <= kMostRowBytes;
   const CostLaunch<T> arguments = {
-      a, cost, minima, static_cast<int>(minima_segments(a.batch.queries)), status, in_shared ? int(a.classes | 1) : 0};
+      a, cost, minima, static_cast<int>(minima_segments(width)), status, in_shared ? int(a.classes | 1) : 0};
   const auto start = [&](auto kernel) {
-    launch("matching_cost", kernel, a.batch.layers * a.batch.images * tiles, kThreads,
+    launch("matching_cost", kernel, a.batch.layers * a.batch.images * a.groups * tiles, kThreads,
            in_shared ? kTile * row_bytes : 0, stream, arguments);
   };
   if constexpr (sizeof(T) == sizeof(double)) {

@@ -13,16 +13,21 @@ struct AssignInputs {
   Tensor cost, offsets;
   ElementType type;
   Batch batch;
+  int64_t groups;
+
+  int64_t rows() const { return batch.targets * groups; }
+  int64_t problems() const { return batch.layers * batch.images * groups; }
 };
 
-AssignInputs checked(const Tensor& cost, const Tensor& offsets) {
+AssignInputs checked(const Tensor& cost, const Tensor& offsets, int64_t groups) {
   check_shape("assign", "cost", cost, {-1, -1, -1}, "[L, T, Q]");
   check_type("assign", "offsets", offsets, ScalarType::Int, "int32");
   const ElementType type = element_type("assign", "cost", cost.scalar_type());
   check(type == ElementType::kFloat64 || type == ElementType::kFloat32, "assign: cost must be float32 or float64, got ",
         toString(cost.scalar_type()));
-  AssignInputs in = {dense(cost), dense(offsets), type, {}};
+  AssignInputs in = {dense(cost), dense(offsets), type, {}, groups};
   in.batch = batch_of("assign", in.offsets, cost.size(0), cost.size(2), cost.size(1));
+  check_groups("assign", in.batch, groups);
   return in;
 }
 
@@ -31,7 +36,10 @@ template <typename T>
 AssignmentArguments<T> arguments_of(const AssignInputs& in, Assignment& result) {
   auto& [query_of_target, target_price, query_price] = result;
   const bool prices = target_price.size(0) > 0;
-  return {in.batch, in.cost.template const_data_ptr<T>(), query_of_target.template mutable_data_ptr<int32_t>(),
+  return {in.batch,
+          in.groups,
+          in.cost.template const_data_ptr<T>(),
+          query_of_target.template mutable_data_ptr<int32_t>(),
           prices ? target_price.template mutable_data_ptr<T>() : nullptr,
           prices ? query_price.template mutable_data_ptr<T>() : nullptr};
 }
@@ -40,19 +48,19 @@ AssignmentArguments<T> arguments_of(const AssignInputs& in, Assignment& result) 
 template <typename T>
 void assign_on_host(const AssignmentArguments<T>& arguments) {
   const Batch& batch = arguments.batch;
-  const int64_t problems = batch.layers * batch.images;
+  const int64_t problems = batch.layers * batch.images * arguments.groups;
   const double work = double(batch.layers) * batch.targets * batch.queries / std::max<int64_t>(problems, 1);
   const auto kernel = kernel_of<T>(cpu::kernels().assign_float, cpu::kernels().assign_double);
   in_parallel(problems, work, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
-Assignment assign(Tensor cost, Tensor offsets, int64_t max_count, bool prices) {
-  const AssignInputs in = checked(cost, offsets);
+Assignment assign(Tensor cost, Tensor offsets, int64_t max_count, int64_t groups, bool prices) {
+  const AssignInputs in = checked(cost, offsets, groups);
   const Batch& batch = in.batch;
   check_offsets("assign", batch, max_count);
   const int64_t priced = prices ? batch.layers : 0;
-  Assignment result = {new_filled(in.cost, {batch.layers, batch.targets}, ScalarType::Int, -1),
-                       torch::stable::new_zeros(in.cost, {priced, batch.targets}),
+  Assignment result = {new_filled(in.cost, {batch.layers, in.rows()}, ScalarType::Int, -1),
+                       torch::stable::new_zeros(in.cost, {priced, in.rows()}),
                        torch::stable::new_empty(in.cost, {priced, batch.images, batch.queries})};
   if (in.type == ElementType::kFloat64) {
     assign_on_host(arguments_of<double>(in, result));
@@ -64,18 +72,18 @@ Assignment assign(Tensor cost, Tensor offsets, int64_t max_count, bool prices) {
 #endif
 
 #if defined(DETR_WITH_CUDA)
-Assignment assign_cuda(Tensor cost, Tensor offsets, int64_t max_count, bool prices) {
+Assignment assign_cuda(Tensor cost, Tensor offsets, int64_t max_count, int64_t groups, bool prices) {
   const OnDevice device(cost);
-  const AssignInputs in = checked(cost, offsets);
+  const AssignInputs in = checked(cost, offsets, groups);
   check_device("assign", "offsets", offsets, cost, "cost");
   const Batch& batch = in.batch;
   const int64_t priced = prices ? batch.layers : 0;
-  Assignment result = {torch::stable::new_empty(in.cost, {batch.layers, batch.targets}, ScalarType::Int),
-                       torch::stable::new_zeros(in.cost, {priced, batch.targets}),
+  Assignment result = {torch::stable::new_empty(in.cost, {batch.layers, in.rows()}, ScalarType::Int),
+                       torch::stable::new_zeros(in.cost, {priced, in.rows()}),
                        torch::stable::new_zeros(in.cost, {priced, batch.images, batch.queries})};
   if (batch.images == 0) torch::stable::fill_(std::get<0>(result), -1);
-  const auto plan = cuda::assign_plan(batch, max_count < 0 ? batch.targets : max_count, in.type);
-  const Tensor scratch = new_bytes(in.cost, batch.layers * batch.images * int64_t(plan.scratch_bytes));
+  const auto plan = cuda::assign_plan(batch, groups, max_count < 0 ? batch.targets : max_count, in.type);
+  const Tensor scratch = new_bytes(in.cost, in.problems() * int64_t(plan.scratch_bytes));
   if (in.type == ElementType::kFloat64) {
     cuda::assign(arguments_of<double>(in, result), nullptr, plan, scratch.mutable_data_ptr(), device.stream());
   } else {
@@ -89,7 +97,8 @@ Assignment assign_cuda(Tensor cost, Tensor offsets, int64_t max_count, bool pric
 }  // namespace detr::ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DETR_LIBRARY, m) {
-  m.def("assign(Tensor cost, Tensor offsets, SymInt max_count, bool prices) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "assign(Tensor cost, Tensor offsets, SymInt max_count, SymInt groups, bool prices) -> (Tensor, Tensor, Tensor)");
 }
 
 #if !defined(DETR_EMULATED)

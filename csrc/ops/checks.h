@@ -116,6 +116,14 @@ inline Batch batch_of(const char* op, const Tensor& offsets, int64_t layers, int
   return {layers, offsets.size(0) - 1, queries, targets, offsets.const_data_ptr<int32_t>()};
 }
 
+// Groups of equal size that the queries of an image are divided into; all targets are matched with each.
+inline void check_groups(const char* op, const Batch& batch, int64_t groups) {
+  check(groups >= 1 && batch.queries % groups == 0, op, ": groups must divide the ", batch.queries, " queries, got ",
+        groups);
+  check(batch.targets < INT32_MAX / groups, op, ": at most 2^31 - 2 targets of all groups, got ", batch.targets,
+        " targets and ", groups, " groups");
+}
+
 // The values of offsets in memory of the host. max_count is the most targets of an image; -1 if unknown.
 inline void check_offsets(const char* op, const Batch& batch, int64_t max_count) {
   check(batch.offsets[0] == 0, op, ": offsets must start with 0, got ", batch.offsets[0]);

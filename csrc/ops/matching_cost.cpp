@@ -9,7 +9,7 @@ namespace detr::ops {
 namespace {
 
 struct CostOptions {
-  int64_t max_count;
+  int64_t max_count, groups;
   double class_weight, box_weight, giou_weight;
   std::string kind;
   double alpha, gamma, class_epsilon, giou_floor, giou_epsilon;
@@ -18,7 +18,10 @@ struct CostOptions {
 template <typename T>
 CostArguments<T> arguments_of(const char* op, const CostInputs& in, const CostOptions& options) {
   const Tensor& logits = in.logits;
-  return {batch_of(op, in.offsets, logits.size(0), logits.size(2), in.labels.size(0)),
+  const Batch batch = batch_of(op, in.offsets, logits.size(0), logits.size(2), in.labels.size(0));
+  check_groups(op, batch, options.groups);
+  return {batch,
+          options.groups,
           logits.size(3),
           elements(op, "logits", logits),
           elements(op, "boxes", in.boxes),
@@ -73,10 +76,10 @@ void run_on_host(const char* op, const CostArguments<T>& arguments, int64_t max_
   const Batch& batch = arguments.batch;
   check_offsets(op, batch, max_count);
   check_packable(op, batch, true);
-  std::vector<Forbidden> forbidden(batch.layers * batch.images);
+  std::vector<Forbidden> forbidden(batch.layers * batch.images * arguments.groups);
   const double targets = double(batch.targets) / std::max<int64_t>(batch.images, 1);
-  const double work = double(batch.queries) * (double(arguments.classes) + targets);
-  in_parallel(batch.layers * batch.images, work,
+  const double work = double(batch.queries / arguments.groups) * (double(arguments.classes) + targets);
+  in_parallel(int64_t(forbidden.size()), work,
               [&](int64_t begin, int64_t end) { kernel(arguments, out, forbidden.data(), begin, end); });
   add_to_status(status, forbidden);
 }
@@ -99,8 +102,8 @@ Tensor matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_b
                      double giou_floor, double giou_epsilon) {
   const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
   check_status("matching_cost", status);
-  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
-                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
+  const CostOptions options = {max_count, 1,     class_weight,  box_weight, giou_weight, kind,
+                               alpha,     gamma, class_epsilon, giou_floor, giou_epsilon};
   return needs_double(logits, boxes) ? matching_cost_on_host<double>(in, options, status)
                                      : matching_cost_on_host<float>(in, options, status);
 }
@@ -109,20 +112,20 @@ template <typename T>
 Tensor match_on_host(const CostInputs& in, const CostOptions& options, const std::optional<Tensor>& status) {
   const auto arguments = arguments_of<T>("match", in, options);
   const Batch& batch = arguments.batch;
-  Tensor query_of_target = new_filled(in.logits, {batch.layers, batch.targets}, ScalarType::Int, -1);
+  Tensor query_of_target = new_filled(in.logits, {batch.layers, batch.targets * options.groups}, ScalarType::Int, -1);
   const auto kernel = kernel_of<T>(cpu::kernels().match_float, cpu::kernels().match_double);
   run_on_host("match", arguments, options.max_count, status, kernel, query_of_target.mutable_data_ptr<int32_t>());
   return query_of_target;
 }
 
 Tensor match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
-             std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
+             std::optional<Tensor> status, int64_t max_count, int64_t groups, double class_weight, double box_weight,
              double giou_weight, std::string kind, double alpha, double gamma, double class_epsilon, double giou_floor,
              double giou_epsilon) {
   const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
   check_status("match", status);
-  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
-                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
+  const CostOptions options = {max_count, groups, class_weight,  box_weight, giou_weight, kind,
+                               alpha,     gamma,  class_epsilon, giou_floor, giou_epsilon};
   return needs_double(logits, boxes) ? match_on_host<double>(in, options, status)
                                      : match_on_host<float>(in, options, status);
 }
@@ -159,8 +162,8 @@ Tensor matching_cost_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor tar
   const CostInputs in = checked_inputs("matching_cost", logits, boxes, labels, target_boxes, offsets);
   check_devices("matching_cost", in);
   int64_t* found = status_data("matching_cost", status, logits);
-  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
-                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
+  const CostOptions options = {max_count, 1,     class_weight,  box_weight, giou_weight, kind,
+                               alpha,     gamma, class_epsilon, giou_floor, giou_epsilon};
   return needs_double(logits, boxes) ? matching_cost_on_device<double>(in, options, found, device.stream())
                                      : matching_cost_on_device<float>(in, options, found, device.stream());
 }
@@ -170,33 +173,34 @@ Tensor match_on_device(const CostInputs& in, const CostOptions& options, int64_t
   const auto arguments = arguments_of<T>("match", in, options);
   const Batch& batch = arguments.batch;
   check_packable("match", batch, false);
-  Tensor query_of_target = torch::stable::new_empty(in.logits, {batch.layers, batch.targets}, ScalarType::Int);
+  const int64_t groups = options.groups, most = options.max_count < 0 ? batch.targets : options.max_count;
+  Tensor query_of_target = torch::stable::new_empty(in.logits, {batch.layers, batch.targets * groups}, ScalarType::Int);
   if (batch.images == 0) torch::stable::fill_(query_of_target, -1);
   Tensor cost = new_cost<T>(in.logits, batch);
-  const int64_t segments = sizeof(T) == sizeof(float) ? cuda::minima_segments(batch.queries) : 0;
+  const int64_t segments = sizeof(T) == sizeof(float) ? groups * cuda::minima_segments(batch.queries / groups) : 0;
   const Tensor minima = torch::stable::new_empty(in.logits, {batch.layers, batch.targets, segments}, ScalarType::Long);
   auto* least = segments ? static_cast<uint64_t*>(minima.mutable_data_ptr()) : nullptr;
   cuda::matching_cost(arguments, cost.template mutable_data_ptr<T>(), least, status, stream);
 
   const ElementType type = sizeof(T) == sizeof(float) ? ElementType::kFloat32 : ElementType::kFloat64;
-  const auto plan = cuda::assign_plan(batch, options.max_count < 0 ? batch.targets : options.max_count, type);
-  const Tensor scratch = new_bytes(in.logits, batch.layers * batch.images * int64_t(plan.scratch_bytes));
-  const AssignmentArguments<T> assignment = {batch, cost.template const_data_ptr<T>(),
-                                             query_of_target.mutable_data_ptr<int32_t>(), nullptr, nullptr};
+  const auto plan = cuda::assign_plan(batch, groups, most, type);
+  const Tensor scratch = new_bytes(in.logits, batch.layers * batch.images * groups * int64_t(plan.scratch_bytes));
+  const AssignmentArguments<T> assignment = {
+      batch, groups, cost.template const_data_ptr<T>(), query_of_target.mutable_data_ptr<int32_t>(), nullptr, nullptr};
   cuda::assign(assignment, least, plan, scratch.mutable_data_ptr(), stream);
   return query_of_target;
 }
 
 Tensor match_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets,
-                  std::optional<Tensor> status, int64_t max_count, double class_weight, double box_weight,
-                  double giou_weight, std::string kind, double alpha, double gamma, double class_epsilon,
-                  double giou_floor, double giou_epsilon) {
+                  std::optional<Tensor> status, int64_t max_count, int64_t groups, double class_weight,
+                  double box_weight, double giou_weight, std::string kind, double alpha, double gamma,
+                  double class_epsilon, double giou_floor, double giou_epsilon) {
   const OnDevice device(logits);
   const CostInputs in = checked_inputs("match", logits, boxes, labels, target_boxes, offsets);
   check_devices("match", in);
   int64_t* found = status_data("match", status, logits);
-  const CostOptions options = {max_count, class_weight, box_weight,    giou_weight, kind,
-                               alpha,     gamma,        class_epsilon, giou_floor,  giou_epsilon};
+  const CostOptions options = {max_count, groups, class_weight,  box_weight, giou_weight, kind,
+                               alpha,     gamma,  class_epsilon, giou_floor, giou_epsilon};
   return needs_double(logits, boxes) ? match_on_device<double>(in, options, found, device.stream())
                                      : match_on_device<float>(in, options, found, device.stream());
 }
@@ -208,10 +212,12 @@ Tensor match_cuda(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxe
 STABLE_TORCH_LIBRARY_FRAGMENT(DETR_LIBRARY, m) {
   const std::string arguments =
       "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor offsets, Tensor(a!)? status, "
-      "SymInt max_count, float class_weight, float box_weight, float giou_weight, str kind, float alpha, float gamma, "
+      "SymInt max_count, ";
+  const std::string options =
+      "float class_weight, float box_weight, float giou_weight, str kind, float alpha, float gamma, "
       "float class_epsilon=1e-8, float giou_floor=0.0, float giou_epsilon=0.0) -> Tensor";
-  m.def(("matching_cost" + arguments).c_str());
-  m.def(("match" + arguments).c_str());
+  m.def(("matching_cost" + arguments + options).c_str());
+  m.def(("match" + arguments + "SymInt groups, " + options).c_str());
 }
 
 #if !defined(DETR_EMULATED)

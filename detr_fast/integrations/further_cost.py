@@ -24,11 +24,11 @@ def match_with_cost(
     targets: Targets,
     extra: Tensor,  # [L, T, Q]
     groups: int = 1,
-) -> tuple[Tensor, Targets]:
+) -> Tensor:
     """As ``matcher.match_groups(predictions, targets, groups)``, with a further cost of each pair.
 
-    Returns query_of_target ``[L, T * groups]`` int32 and the targets of its rows. The matcher's policy for invalid
-    pairs holds for the sum. :func:`report_of` tells of them; where the other terms are finite, the term is "extra".
+    Returns query_of_target ``[L, T * groups]`` int32. The matcher's policy for invalid pairs holds for the sum.
+    :func:`report_of` tells of them; where the other terms are finite, the term is "extra".
     """
     status, most = matcher._status_on(predictions.logits.device), targets.max_count
     base = cost_by(matcher, predictions, targets, status)
@@ -41,9 +41,7 @@ def match_with_cost(
             raise ValueError(f"HungarianMatcher: {found}")
     elif matcher.invalid not in (None, "skip"):
         cost = replaced(cost, matcher.invalid, most).where(matcher.has_label(predictions, targets), torch.nan)
-    if groups == 1:
-        return assign(cost, targets.offsets, most), targets
-    return _assign_groups(cost, targets, groups)
+    return assign(cost, targets.offsets, most, groups)
 
 
 def cost_by(
@@ -66,20 +64,6 @@ def cost_by(
         max_count=targets.max_count,
         dialect=matcher.dialect,
     )
-
-
-def _assign_groups(cost: Tensor, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
-    """All targets with each group of queries: the rows of ``targets.repeated(groups)``, queries in ``[0, Q)``."""
-    repeated = targets.repeated(groups)
-    part = repeated.image_of_row()
-    rows = torch.arange(len(part), device=part.device)
-    image, group = part // groups, part % groups
-    source = (rows - repeated.offsets[part] + targets.offsets[image]).clamp(max=len(targets.labels) - 1)
-    width = cost.shape[2] // groups
-    found = assign(cost.unflatten(2, (groups, width))[:, source, group], repeated.offsets, targets.max_count)
-    found = torch.where(found >= 0, found + (group * width).to(torch.int32), found)
-    offsets = repeated.offsets[::groups].contiguous()
-    return found, replace(repeated, offsets=offsets, max_count=groups * targets.max_count)
 
 
 def report_of(matcher: core.HungarianMatcher) -> ForbiddenPairs | None:

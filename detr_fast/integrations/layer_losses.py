@@ -140,16 +140,12 @@ def answers_of(matcher: Any, predictions: Predictions, targets: Targets, **optio
 def denoising_pairs(targets: Targets, groups: int, stride: int) -> tuple[Tensor, Targets]:
     """Query of each target in each denoising group ``[T * groups]`` int32, and the targets repeated to match.
 
-    Target t of an image is query ``group * stride + t``. Rows are in the order image, group, target; offsets are still
-    those of images, so that both fit set_loss. Nothing is read back.
+    Target t of an image is query ``group * stride + t``. Nothing is read back.
     """
     repeated = targets.repeated(groups)
-    offsets, problem = repeated.offsets, repeated.image_of_row()  # [B * groups + 1], image * groups + group
-    rows = torch.arange(len(problem), device=offsets.device)
-    query = problem % groups * stride + rows - offsets[problem]
-    query = query.where(rows < offsets[-1], -1).to(torch.int32)
-    most = targets.max_count * groups
-    return query, replace(repeated, offsets=offsets[::groups].contiguous(), max_count=most)
+    _, group, target = targets.rows_of_groups(groups)
+    is_there = torch.arange(len(group), device=group.device) < repeated.offsets[-1]
+    return (group * stride + target).where(is_there, -1).to(torch.int32), repeated
 
 
 @torch.no_grad()

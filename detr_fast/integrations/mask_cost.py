@@ -6,7 +6,7 @@ The parts, each for all decoder layers at once and without waiting for a device:
     logits = logits_at(masks, points)                                      # [L, B, Q, h, w] -> [L, B, Q, P]
     wanted = targets_at(targets.masks, points, L)                          # an image: [L, t, P]
     extra = point_mask_cost(logits, wanted, len(targets.labels), 5.0, 5.0) # [L, T, Q]
-    query_of_target, _ = match_with_cost(matcher, predictions, targets, extra)
+    query_of_target = match_with_cost(matcher, predictions, targets, extra)
 
 with ``match_with_cost`` of :mod:`detr_fast.integrations.further_cost`. Every target is compared with the queries of its
 own image only, nothing is padded. :class:`HungarianMatcher` is Mask2Former's, made of them.
@@ -108,7 +108,7 @@ class HungarianMatcher(nn.Module):
         boxes = logits.new_full((), 0.5).expand(*logits.shape[:3], 4)
         same = replace(targets, boxes=torch.full_like(targets.boxes, 0.5))
         matcher = weighted(self._matcher, self.cost_class, 0, 0)
-        return match_with_cost(matcher, Predictions(logits, boxes), same, extra)[0]
+        return match_with_cost(matcher, Predictions(logits, boxes), same, extra)
 
     def _draw(self, layers: int, images: int, device: torch.device) -> Tensor:  # [L, B, P, 2]
         drawn = [

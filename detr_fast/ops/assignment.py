@@ -19,8 +19,8 @@ def cost_limit(dtype: torch.dtype) -> float:
 class Assignment(NamedTuple):
     """An assignment with the prices that prove it optimal."""
 
-    query_of_target: Tensor  # [L, T] int32, -1 = unmatched
-    target_price: Tensor  # [L, T], not positive in an image with more targets than queries
+    query_of_target: Tensor  # [L, T * groups] int32, -1 = unmatched
+    target_price: Tensor  # [L, T * groups], not positive in an image with more targets than queries
     query_price: Tensor  # [L, B, Q], not positive in the other images
 
 
@@ -28,6 +28,7 @@ def assign(
     cost: Tensor,  # [L, T, Q] float32 or float64
     offsets: Tensor,  # [B + 1] int32
     max_count: int | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """For each layer and image, the assignment of least total cost: query_of_target ``[L, T]`` int32.
 
@@ -42,27 +43,38 @@ def assign(
     minima, then the lowest target, as `csrc/cpu/assignment.h` defines. With all costs equal, target t gets query t.
     Rounding errors of float32 may choose between totals that differ by less than 4 T eps max|cost|.
 
+    With `groups`, an image's queries are that many groups of equal size, and its targets are assigned to each of them
+    as if it were alone: query_of_target ``[L, T * groups]``, rows in the order image, group, target, as those of
+    :meth:`Targets.repeated`, queries in ``[0, Q)``. Rows past ``offsets[B] * groups`` get -1.
+
     `max_count` is the most targets of one image, or any upper bound, as :class:`Targets` knows it on the host: a CUDA
     device gets its memory by it without reading the offsets back. None is always right; a number that is too small
-    leaves images unmatched there. One launch, whatever the number of layers; prices and ties have the CPU's bits.
+    leaves images unmatched there. One launch, whatever the number of layers and groups; prices and ties have the CPU's
+    bits.
 
     Raises:
-        RuntimeError: a tensor has another shape, type or device; on the CPU also if offsets are no segments of the rows
-            or `max_count` is too small.
+        RuntimeError: a tensor has another shape, type or device, or `groups` does not divide Q; on the CPU also if
+            offsets are no segments of the rows or `max_count` is too small.
 
-    Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE TAES 52(4), 2016.
+    Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE TAES 52(4), 2016; groups: Chen et al., "Group DETR",
+    ICCV 2023.
     """
-    return torch.ops.detr_fast.assign.default(cost, offsets, -1 if max_count is None else max_count, False)[0]
+    return _assign(cost, offsets, max_count, groups, prices=False).query_of_target
 
 
-def assign_with_prices(cost: Tensor, offsets: Tensor, max_count: int | None = None) -> Assignment:
+def assign_with_prices(cost: Tensor, offsets: Tensor, max_count: int | None = None, groups: int = 1) -> Assignment:
     """As :func:`assign`, with the dual prices u (targets) and v (queries) as a certificate of optimality.
 
     For every pair ``u[t] + v[q] <= cost[t, q]`` up to rounding, with equality where matched, and all prices of an image
     sum to its total cost. Unmatched targets and queries have price 0. In an image where forbidden pairs keep a target
-    from being matched, the equalities and the sum still hold, the inequality need not.
+    from being matched, the equalities and the sum still hold, the inequality need not. All this of each group.
     """
-    return Assignment(*torch.ops.detr_fast.assign.default(cost, offsets, -1 if max_count is None else max_count, True))
+    return _assign(cost, offsets, max_count, groups, prices=True)
+
+
+def _assign(cost: Tensor, offsets: Tensor, max_count: int | None, groups: int, *, prices: bool) -> Assignment:
+    most = -1 if max_count is None else max_count
+    return Assignment(*torch.ops.detr_fast.assign.default(cost, offsets, most, groups, prices))
 
 
 def batch_linear_assignment(cost: Tensor) -> Tensor:  # [N, rows, columns] -> [N, rows] int64
@@ -83,15 +95,19 @@ def batch_linear_assignment(cost: Tensor) -> Tensor:  # [N, rows, columns] -> [N
     return assign(flat, offsets, rows).reshape(count, rows).to(torch.int64)
 
 
-def assign_reference(cost: Tensor, offsets: Tensor) -> Tensor:
+def assign_reference(cost: Tensor, offsets: Tensor, groups: int = 1) -> Tensor:
     """The definition of :func:`assign`: shortest augmenting paths in float64, one target after the other."""
-    result = torch.full(cost.shape[:2], -1, dtype=torch.int32)
-    bounds = offsets.tolist()
-    for layer in range(cost.shape[0]):
+    layers, targets, queries = cost.shape
+    result = torch.full((layers, targets * groups), -1, dtype=torch.int32)
+    width, bounds = queries // groups, offsets.tolist()
+    for layer in range(layers):
         for start, end in itertools.pairwise(bounds):
             block = cost[layer, start:end].double().cpu()
             block = torch.where(block.abs() < cost_limit(cost.dtype), block, torch.inf)
-            result[layer, start:end] = _solve(block)
+            for group in range(groups):
+                found = _solve(block[:, group * width : (group + 1) * width])
+                row = start * groups + group * (end - start)
+                result[layer, row : row + end - start] = found.where(found < 0, found + group * width)
     return result.to(cost.device)
 
 
@@ -133,11 +149,11 @@ def _solve(cost: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("detr_fast::assign")
-def _(cost: Tensor, offsets: Tensor, max_count: int, prices: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(cost: Tensor, offsets: Tensor, max_count: int, groups: int, prices: bool) -> tuple[Tensor, Tensor, Tensor]:
     layers, targets, queries = cost.shape
     priced = layers if prices else 0
     return (
-        cost.new_empty((layers, targets), dtype=torch.int32),
-        cost.new_empty((priced, targets)),
+        cost.new_empty((layers, targets * groups), dtype=torch.int32),
+        cost.new_empty((priced, targets * groups)),
         cost.new_empty((priced, offsets.shape[0] - 1, queries)),
     )

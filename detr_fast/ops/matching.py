@@ -25,17 +25,19 @@ def match(
     *,
     status: Tensor | None = None,  # [2] int64
     max_count: int | None = None,
+    groups: int = 1,
     dialect: Dialect = DETR,
 ) -> Tensor:
-    """query_of_target ``[L, T]`` int32 of least total cost.
+    """query_of_target ``[L, T * groups]`` int32 of least total cost.
 
-    Equal to :func:`assign` on :func:`matching_cost`, bit for bit; their contracts hold for ties, more targets than
-    queries, forbidden pairs and their `status`, types and errors. Nothing is differentiated. On a CUDA device two
-    launches, whatever the number of layers.
+    Equal to :func:`assign` on :func:`matching_cost`, bit for bit; their contracts hold for ties, groups, more targets
+    than queries, forbidden pairs and their `status`, types and errors. Nothing is differentiated. On a CUDA device two
+    launches, whatever the number of layers and groups.
     """
     arguments = (logits, boxes, labels, target_boxes, offsets)
     options = (class_weight, box_weight, giou_weight, kind, alpha, gamma, *dialect)
-    return torch.ops.detr_fast.match.default(*arguments, status, -1 if max_count is None else max_count, *options)
+    most = -1 if max_count is None else max_count
+    return torch.ops.detr_fast.match.default(*arguments, status, most, groups, *options)
 
 
 def match_reference(
@@ -50,14 +52,25 @@ def match_reference(
     kind: ClassKind = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
+    groups: int = 1,
     dialect: Dialect = DETR,
 ) -> Tensor:
     """The definition of :func:`match`."""
     arguments = (logits, boxes, labels, target_boxes, offsets)
     cost = matching_cost_reference(*arguments, class_weight, box_weight, giou_weight, kind, alpha, gamma, dialect)
-    return assign_reference(cost, offsets)
+    return assign_reference(cost, offsets, groups)
 
 
 @torch.library.register_fake("detr_fast::match")
-def _(logits: Tensor, boxes: Tensor, labels: Tensor, *others: object) -> Tensor:
-    return logits.new_empty((logits.shape[0], labels.shape[0]), dtype=torch.int32)
+def _(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    offsets: Tensor,
+    status: Tensor | None,
+    max_count: int,
+    groups: int,
+    *options: object,
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], labels.shape[0] * groups), dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import numpy as np
@@ -16,13 +17,15 @@ from detr_fast.structures import offsets_of
 TYPES = [torch.float32, torch.float64]
 
 
-def both(cost: Tensor, offsets: Tensor, max_count: int = -1) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    on_cpu = torch.ops.detr_fast.assign.default(cost, offsets, -1, True)
-    return torch.ops.detr_fast_emulated.assign.default(cost, offsets, max_count, True), on_cpu
+def both(
+    cost: Tensor, offsets: Tensor, max_count: int = -1, groups: int = 1
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    on_cpu = torch.ops.detr_fast.assign.default(cost, offsets, -1, groups, True)
+    return torch.ops.detr_fast_emulated.assign.default(cost, offsets, max_count, groups, True), on_cpu
 
 
-def assert_equal(cost: Tensor, offsets: Tensor, max_count: int = -1) -> None:
-    emulated, on_cpu = both(cost, offsets, max_count)
+def assert_equal(cost: Tensor, offsets: Tensor, max_count: int = -1, groups: int = 1) -> None:
+    emulated, on_cpu = both(cost, offsets, max_count, groups)
     for name, ours, theirs in zip(("query_of_target", "target_price", "query_price"), emulated, on_cpu, strict=True):
         assert torch.equal(ours, theirs), f"{name} of {list(cost.shape)}"
 
@@ -71,6 +74,17 @@ def test_from_1_to_300_targets(emulator: ModuleType) -> None:
     assert_equal(cost, offsets_of(counts), 300)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("groups", "width", "counts"), [(3, 40, [7, 0, 40, 1]), (2, 280, [260]), (13, 9, [2, 15])])
+def test_groups(emulator: ModuleType, groups: int, width: int, counts: list[int], dtype: torch.dtype) -> None:
+    """Searched by a warp and by the block, more targets than a group has queries, spare rows, forbidden pairs."""
+    generator = torch.Generator().manual_seed(width)
+    cost = torch.rand(1, sum(counts) + 2, groups * width, generator=generator).round(decimals=2).to(dtype)
+    assert_equal(cost, offsets_of(counts), max(counts), groups)
+    cost[torch.rand(cost.shape, generator=generator) < 0.3] = torch.nan
+    assert_equal(cost, offsets_of(counts), -1, groups)
+
+
 @pytest.mark.parametrize("limit", [100, 24, 2])
 def test_little_shared_memory(emulator: ModuleType, limit: int) -> None:
     """In KiB: costs stay in global memory, then the search as well."""
@@ -83,6 +97,7 @@ def test_little_shared_memory(emulator: ModuleType, limit: int) -> None:
         assert_equal(cost.double(), offsets_of(counts), max(counts))
         cost[cost > 0.4] = torch.nan
         assert_equal(cost, offsets_of(counts))
+        assert_equal(cost, offsets_of(counts), max(counts), groups=3)
     finally:
         emulator.use_shared_memory_limit(1 << 20)
 
@@ -139,18 +154,19 @@ def test_a_max_count_that_is_too_small_harms_nothing(emulator: ModuleType) -> No
     cost = torch.rand(1, 310, 400)
     emulator.use_shared_memory_limit(4 * 1024)
     try:
-        found = torch.ops.detr_fast_emulated.assign.default(cost, offsets_of([10, 300]), 10, False)[0]
+        found = torch.ops.detr_fast_emulated.assign.default(cost, offsets_of([10, 300]), 10, 1, False)[0]
     finally:
         emulator.use_shared_memory_limit(1 << 20)
-    expected = torch.ops.detr_fast.assign.default(cost, offsets_of([10, 300]), -1, False)[0]
+    expected = torch.ops.detr_fast.assign.default(cost, offsets_of([10, 300]), -1, 1, False)[0]
     assert torch.equal(found[:, :10], expected[:, :10])
     assert (found[:, 10:] == -1).all()
 
 
 def test_one_launch(emulator: ModuleType) -> None:
     before = emulator.counts()[0]
-    torch.ops.detr_fast_emulated.assign.default(torch.rand(6, 40, 30), offsets_of([10, 30]), 30, False)
-    assert emulator.counts()[0] == before + 1
+    for groups in (1, 3):
+        torch.ops.detr_fast_emulated.assign.default(torch.rand(6, 40, 30), offsets_of([10, 30]), 30, groups, False)
+    assert emulator.counts()[0] == before + 2
 
 
 @pytest.mark.parametrize(("queries", "targets"), [(200, 102), (300, 102), (900, 99)])
@@ -168,6 +184,8 @@ def test_any_upper_bound_will_do(emulator: ModuleType) -> None:
 def test_offsets_that_are_none_harm_nothing(emulator: ModuleType) -> None:
     """They cannot be refused without waiting for the device; no kernel leaves its arrays."""
     cost = torch.rand(2, 40, 30)
-    for offsets in ([0, 10, 10**9], [0, 30, 5], [-7, 20, 40]):
-        found = torch.ops.detr_fast_emulated.assign.default(cost, torch.tensor(offsets, dtype=torch.int32), -1, True)
+    for offsets, groups in itertools.product(([0, 10, 10**9], [0, 30, 5], [-7, 20, 40]), (1, 3)):
+        found = torch.ops.detr_fast_emulated.assign.default(
+            cost, torch.tensor(offsets, dtype=torch.int32), -1, groups, True
+        )
         assert ((found[0] >= -1) & (found[0] < 30)).all()

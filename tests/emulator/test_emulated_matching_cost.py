@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +21,28 @@ WEIGHTS = (1.0, 5.0, 2.0)
 
 
 def run(
-    library: str, op: str, *inputs: Tensor, kind: str = "softmax", max_count: int = -1, dialect: Dialect = DETR
+    library: str,
+    op: str,
+    *inputs: Tensor,
+    kind: str = "softmax",
+    max_count: int = -1,
+    groups: int = 1,
+    dialect: Dialect = DETR,
 ) -> tuple[Tensor, Tensor]:
     status = ForbiddenPairs.new_status()
     function = getattr(getattr(torch.ops, library), op).default
-    return function(*inputs, status, max_count, *WEIGHTS, kind, 0.25, 2.0, *dialect), status
+    numbers = (max_count, groups) if op == "match" else (max_count,)
+    return function(*inputs, status, *numbers, *WEIGHTS, kind, 0.25, 2.0, *dialect), status
 
 
-def assert_same(*inputs: Tensor, kind: str = "softmax", max_count: int = -1, dialect: Dialect = DETR) -> None:
+def assert_same(
+    *inputs: Tensor, kind: str = "softmax", max_count: int = -1, groups: int = 1, dialect: Dialect = DETR
+) -> None:
     """Cost, assignment and status are those of the CPU, NaN where it has NaN."""
+    options: dict[str, Any] = {"kind": kind, "groups": groups, "dialect": dialect}
     for op in ("matching_cost", "match"):
-        ours, our_status = run("detr_fast_emulated", op, *inputs, kind=kind, max_count=max_count, dialect=dialect)
-        theirs, their_status = run("detr_fast", op, *inputs, kind=kind, dialect=dialect)
+        ours, our_status = run("detr_fast_emulated", op, *inputs, max_count=max_count, **options)
+        theirs, their_status = run("detr_fast", op, *inputs, **options)
         assert torch.equal(our_status, their_status)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -42,6 +53,17 @@ def test_costs_and_assignments_have_the_bits_of_the_cpu(emulator: ModuleType, ki
     for queries, classes, counts in ((100, 92, (3, 0, 17)), (64, 16, (65,)), (130, 3, (2, 1)), (31, 91, (31, 40, 1))):
         inputs = predictions_and_targets(counts, 2, queries, classes, dtype)
         assert_same(*inputs, kind=kind, max_count=max(counts))
+
+
+@pytest.mark.parametrize(("groups", "width"), [(2, 32), (3, 70), (13, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups(emulator: ModuleType, groups: int, width: int, dtype: torch.dtype) -> None:
+    """Minima of 32 queries end with their group; positions of faults are those in the image."""
+    logits, boxes, *targets = predictions_and_targets((6, 0, 11), 2, groups * width, 11, dtype)
+    assert_same(logits, boxes, *targets, max_count=11, groups=groups)
+    logits[1, 2, width + 1] = torch.nan
+    boxes[0, 0, -1] = torch.inf
+    assert_same(logits, boxes, *targets, groups=groups)
 
 
 @pytest.mark.parametrize("kind", ["trained", "mid", "init", "identical", "duplicates"])
@@ -77,7 +99,7 @@ def test_status_keeps_the_first_of_several_calls(emulator: ModuleType) -> None:
     for layer in (1, 2):
         damaged = logits.clone()
         damaged[layer, 2, 4] = torch.nan
-        torch.ops.detr_fast_emulated.match.default(damaged, *rest, status, -1, *WEIGHTS, "softmax", 0.25, 2.0)
+        torch.ops.detr_fast_emulated.match.default(damaged, *rest, status, -1, 1, *WEIGHTS, "softmax", 0.25, 2.0)
     found = ForbiddenPairs.read(status)
     assert found is not None
     assert (found.count, found.layer, found.image, found.query) == (14, 1, 2, 4)
@@ -105,9 +127,9 @@ def test_every_schedule_gives_the_same_bits(emulator: ModuleType, op: str) -> No
 
 def test_launches(emulator: ModuleType) -> None:
     inputs = predictions_and_targets(layers=6)
-    for op, launches in (("matching_cost", 1), ("match", 2)):
+    for op, groups, launches in (("matching_cost", 1, 1), ("match", 1, 2), ("match", 3, 2)):
         before = emulator.counts()
-        run("detr_fast_emulated", op, *inputs)
+        run("detr_fast_emulated", op, *inputs, groups=groups)
         after = emulator.counts()
         assert (after[0] - before[0], after[1] - before[1]) == (launches, 0)
 

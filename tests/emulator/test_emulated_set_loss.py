@@ -17,7 +17,7 @@ TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 def arguments_of(kind: str, dtype: torch.dtype = torch.float32, capacity: int = 0, **options) -> list:
     logits, boxes, labels, target_boxes, offsets = predictions_and_targets(dtype=dtype, **options)
     match = torch.ops.detr_fast.match.default(
-        logits, boxes, labels, target_boxes, offsets, None, -1, 1.0, 5.0, 2.0, COST_OF.get(kind, "focal"), 0.25, 2.0
+        logits, boxes, labels, target_boxes, offsets, None, -1, 1, 1.0, 5.0, 2.0, COST_OF.get(kind, "focal"), 0.25, 2.0
     )
     if capacity:  # rows past the last offset may hold anything
         match = torch.cat([match, torch.full((len(match), capacity), 3, dtype=torch.int32)], 1)

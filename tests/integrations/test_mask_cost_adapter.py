@@ -182,7 +182,7 @@ def test_unknown_labels_match_nothing(groups, invalid):
     targets = core.Targets.pack(listed, check_values=False)
     matcher = core.HungarianMatcher(1, 2, 3, kind="focal_stable", invalid=invalid)
     predictions = Predictions(torch.randn(1, 1, 8, CLASSES), boxes)
-    found, _ = match_with_cost(matcher, predictions, targets, torch.zeros(1, 3, 8), groups)
+    found = match_with_cost(matcher, predictions, targets, torch.zeros(1, 3, 8), groups)
     assert (found[0] >= 0).tolist() == [True, False, False] * groups
     assert report_of(matcher).count == 16
 
@@ -295,10 +295,9 @@ def test_further_cost_of_groups(groups, invalid):
     boxes = torch.rand(2, 3, queries, 4, generator=generator) * 0.4 + 0.1
     extra = torch.randn(2, 7, queries, generator=generator) * 3
     matcher = core.HungarianMatcher(1, 2, 3, kind="focal_stable", invalid=invalid)
-    found, repeated = match_with_cost(matcher, Predictions(logits, boxes), packed, extra, groups)
+    found = match_with_cost(matcher, Predictions(logits, boxes), packed, extra, groups)
     assert report_of(matcher) is None
     assert found.shape == (2, 7 * groups)
-    assert repeated.offsets.tolist() == [0, 3 * groups, 3 * groups, 7 * groups]
     arguments = (logits, boxes, packed.labels, packed.boxes, packed.offsets)
     cost = matching_cost(*arguments, 1, 2, 3, "focal_stable") + extra
     for layer in range(2):
@@ -310,7 +309,6 @@ def test_further_cost_of_groups(groups, invalid):
                 own = found[layer, row : row + end - start].tolist()
                 assert own == (columns + shift).tolist()
                 assert rows.tolist() == list(range(end - start))
-                assert torch.equal(repeated.labels[row : row + end - start], packed.labels[start:end])
                 row += end - start
 
 
@@ -322,7 +320,7 @@ def test_policy_for_a_further_cost_that_is_invalid(invalid, expected):
     matcher = core.HungarianMatcher(0, 0, 1, kind="focal_stable", invalid=invalid)
     cost = torch.tensor([[-3.0, 2.0, 2.0], [2.0, -3.0, 1.9], [2.0, 1.9, torch.nan]])
     extra = (cost + 1)[None]  # GIoU costs -1
-    found, _ = match_with_cost(matcher, Predictions(torch.zeros(1, 1, 3, 3), boxes), targets, extra)
+    found = match_with_cost(matcher, Predictions(torch.zeros(1, 1, 3, 3), boxes), targets, extra)
     assert found.tolist() == [expected]
     assert report_of(matcher).terms == ("extra",)
 

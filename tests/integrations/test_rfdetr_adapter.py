@@ -334,10 +334,10 @@ def test_weights_may_be_changed(groups):
         expected = definition.match(outputs, targets, groups, **known)
         assert_pairs(matcher(outputs, targets, group_detr=groups), expected)
         structures = as_structures(outputs, targets)
-        found, _ = matcher.match_layers(*structures, groups)
+        found = matcher.match_layers(*structures, groups)
         assert (found >= 0).sum() == 12 * groups
         fresh = HungarianMatcher(*(known[name] for name in WEIGHTS), known["alpha"])
-        assert torch.equal(found, fresh.match_layers(*structures, groups)[0])
+        assert torch.equal(found, fresh.match_layers(*structures, groups))
         own = SetCriterion(CLASSES, fresh, {}, 0.25, LOSSES, group_detr=groups, ia_bce_loss=True)
         assert criterion(outputs, targets)["loss_bbox"] == own(outputs, targets)["loss_bbox"]
 
@@ -388,8 +388,8 @@ def test_this_package_computes_for_the_matcher_of_rfdetr(monkeypatch, mode):
     assert losses["loss_bbox"].isfinite()
     assert "query 2" in criterion.matcher_report()
     structures = as_structures(invalid, targets)
-    expected, _ = HungarianMatcher(1, 0, 1, mode=mode).match_layers(*structures)
-    assert torch.equal(criterion._match(*structures, 1)[0], expected)
+    expected = HungarianMatcher(1, 0, 1, mode=mode).match_layers(*structures)
+    assert torch.equal(criterion._match(*structures, 1), expected)
     assert (expected.tolist() == [[0, 1, 2]]) == (mode == "compat")
 
     matcher.register_forward_hook(lambda *_: None)

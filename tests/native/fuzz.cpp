@@ -29,12 +29,23 @@ using namespace detr::cpu;
 
 template <typename T>
 bool assignment_is_sound() {
-  const int64_t targets = integer(0, 40), queries = integer(1, 50);
-  const std::vector<T> cost = costs<T>(targets * queries);
-  std::vector<int32_t> query_of_target(targets);
-  std::vector<T> target_price(targets), query_price(queries);
-  solve_problem<T>(cost.data(), targets, queries, query_of_target.data(), target_price.data(), query_price.data());
-  return is_one_to_one(cost.data(), targets, queries, query_of_target.data());
+  const int64_t targets = integer(0, 40), queries = integer(1, 50), groups = integer(1, 3);
+  const int64_t stride = groups * queries;
+  const std::vector<T> cost = costs<T>(targets * stride);
+  const int32_t offsets[] = {0, static_cast<int32_t>(targets)};
+  std::vector<int32_t> query_of_target(targets * groups);
+  std::vector<T> target_price(targets * groups), query_price(stride);
+  assign<T>({{1, 1, stride, targets, offsets},
+             groups,
+             cost.data(),
+             query_of_target.data(),
+             target_price.data(),
+             query_price.data()},
+            0, groups);
+  for (int64_t g = 0; g < groups; ++g)
+    if (!is_one_to_one(cost.data(), stride, targets, g * queries, queries, query_of_target.data() + g * targets))
+      return false;
+  return true;
 }
 
 constexpr std::pair<ClassKind, LossKind> kKinds[] = {{ClassKind::kSoftmax, LossKind::kSoftmax},
@@ -45,7 +56,8 @@ constexpr std::pair<ClassKind, LossKind> kKinds[] = {{ClassKind::kSoftmax, LossK
 
 template <typename T>
 void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
-  const int64_t layers = integer(1, 3), images = integer(1, 3), queries = integer(1, 40), classes = integer(1, 40);
+  const int64_t layers = integer(1, 3), images = integer(1, 3), groups = integer(1, 3), classes = integer(1, 40);
+  const int64_t queries = groups * integer(1, 30), problems = layers * images * groups;
   std::vector<int32_t> offsets = {0};
   for (int64_t b = 0; b < images; ++b) offsets.push_back(offsets.back() + static_cast<int32_t>(integer(0, 12)));
   const int64_t targets = offsets.back(), slots = layers * images * queries;
@@ -59,12 +71,14 @@ void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   const Elements logit_elements = {logits.data(), ElementType::kFloat32};
   const Elements box_elements = {boxes.data(), ElementType::kFloat32};
   const AreaGuard<T> guard = {T(integer(0, 1) * 1e-7), T(integer(0, 1) * 1e-6)};
-  const CostArguments<T> cost_arguments = {
-      batch, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5, 2,
-      kind,  T(0.25), T(2),           T(1e-8),      guard};
-  std::vector<int32_t> query_of_target(layers * targets, -1);
-  std::vector<Forbidden> forbidden(layers * images);
+  CostArguments<T> cost_arguments = {
+      batch, groups, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5,
+      2,     kind,   T(0.25), T(2),           T(1e-8),      guard};
+  std::vector<int32_t> query_of_group(layers * targets * groups, -1), query_of_target(layers * targets, -1);
+  std::vector<Forbidden> forbidden(problems);
   std::vector<T> cost(layers * targets * queries);
+  match<T>(cost_arguments, query_of_group.data(), forbidden.data(), 0, problems);
+  cost_arguments.groups = 1;
   match<T>(cost_arguments, query_of_target.data(), forbidden.data(), 0, layers * images);
   matching_cost<T>(cost_arguments, cost.data(), forbidden.data(), 0, layers * images);
 

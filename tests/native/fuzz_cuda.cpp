@@ -24,23 +24,26 @@ template <typename T>
 bool assignment_is_sound(int64_t most_queries, int64_t most_targets) {
   // Now and then so little shared memory that the scratch is used.
   emulator::use_shared_memory_limit(integer(0, 3) == 0 ? integer(2, 16) * 1024 : size_t(1) << 20);
-  const int64_t layers = integer(1, 2), images = integer(1, 3), queries = integer(1, most_queries);
+  const int64_t layers = integer(1, 2), images = integer(1, 3), groups = integer(1, 3);
+  const int64_t width = integer(1, most_queries), queries = groups * width;
   const int64_t most = integer(0, most_targets);
   const std::vector<int32_t> offsets = random_offsets(images, most);
   const int64_t targets = offsets.back() + integer(0, 2);
   const std::vector<T> cost = costs<T>(layers * targets * queries);
-  std::vector<int32_t> query_of_target(layers * targets);
-  std::vector<T> target_price(layers * targets), query_price(layers * images * queries);
+  std::vector<int32_t> query_of_target(layers * targets * groups);
+  std::vector<T> target_price(layers * targets * groups), query_price(layers * images * queries);
   const Batch batch = {layers, images, queries, targets, offsets.data()};
-  const auto plan = cuda::assign_plan(batch, most, sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
-  auto scratch = scratch_of(layers * images * int64_t(plan.scratch_bytes));
-  cuda::assign(
-      AssignmentArguments<T>{batch, cost.data(), query_of_target.data(), target_price.data(), query_price.data()},
-      nullptr, plan, scratch.data(), nullptr);
-  for (int64_t p = 0; p < layers * images; ++p) {
-    const int64_t first = p / images * targets + offsets[p % images];
-    const int64_t count = offsets[p % images + 1] - offsets[p % images];
-    if (!is_one_to_one(cost.data() + first * queries, count, queries, query_of_target.data() + first)) return false;
+  const auto type = sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32;
+  const auto plan = cuda::assign_plan(batch, groups, most, type);
+  auto scratch = scratch_of(layers * images * groups * int64_t(plan.scratch_bytes));
+  cuda::assign(AssignmentArguments<T>{batch, groups, cost.data(), query_of_target.data(), target_price.data(),
+                                      query_price.data()},
+               nullptr, plan, scratch.data(), nullptr);
+  for (int64_t p = 0; p < layers * images * groups; ++p) {
+    const int64_t image = p / groups % images, group = p % groups;
+    const int64_t first = p / groups / images * targets + offsets[image], count = offsets[image + 1] - offsets[image];
+    const int32_t* own = query_of_target.data() + first * groups + group * count;
+    if (!is_one_to_one(cost.data() + first * queries, queries, count, group * width, width, own)) return false;
   }
   return true;
 }
@@ -72,7 +75,8 @@ constexpr std::pair<ClassKind, LossKind> kKinds[] = {{ClassKind::kSoftmax, LossK
 template <typename T>
 void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   emulator::use_shared_memory_limit(size_t(1) << 20);
-  const int64_t layers = integer(1, 3), images = integer(1, 3), queries = integer(1, 140);
+  const int64_t layers = integer(1, 3), images = integer(1, 3), groups = integer(1, 3);
+  const int64_t queries = groups * integer(1, 140 / groups);
   const int64_t classes = integer(0, 5) == 0 ? integer(380, 390) : integer(1, 40);
   const std::vector<int32_t> offsets = random_offsets(images, 12);
   const int64_t targets = offsets.back() + integer(0, 2), slots = layers * images * queries;
@@ -89,21 +93,22 @@ void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   const Elements logit_elements = {logit_bytes.data(), type}, box_elements = {box_bytes.data(), type};
   const AreaGuard<T> guard = {T(integer(0, 1) * 1e-7), T(integer(0, 1) * 1e-6)};
   const CostArguments<T> cost_arguments = {
-      batch, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5, 2,
-      kind,  T(0.25), T(2),           T(1e-8),      guard};
+      batch, groups, classes, logit_elements, box_elements, labels.data(), target_boxes.data(), 1, 5,
+      2,     kind,   T(0.25), T(2),           T(1e-8),      guard};
   std::vector<int64_t> status(2);
   std::vector<T> cost(layers * targets * queries);
-  std::vector<uint64_t> minima(layers * targets * cuda::minima_segments(queries));
+  std::vector<uint64_t> minima(layers * targets * groups * cuda::minima_segments(queries / groups));
   const bool with_minima = integer(0, 1) == 1 && sizeof(T) == sizeof(float);
   cuda::matching_cost(cost_arguments, cost.data(), with_minima ? minima.data() : nullptr, status.data(), nullptr);
 
-  std::vector<int32_t> query_of_target(layers * targets);
+  std::vector<int32_t> query_of_target(layers * targets * groups);
   if constexpr (sizeof(T) == sizeof(float)) {  // from the minima that the cost kernel left
-    const auto plan = cuda::assign_plan(batch, 12, ElementType::kFloat32);
-    auto scratch = scratch_of(layers * images * int64_t(plan.scratch_bytes));
-    cuda::assign({batch, cost.data(), query_of_target.data(), nullptr, nullptr}, with_minima ? minima.data() : nullptr,
-                 plan, scratch.data(), nullptr);
+    const auto plan = cuda::assign_plan(batch, groups, 12, ElementType::kFloat32);
+    auto scratch = scratch_of(layers * images * groups * int64_t(plan.scratch_bytes));
+    cuda::assign({batch, groups, cost.data(), query_of_target.data(), nullptr, nullptr},
+                 with_minima ? minima.data() : nullptr, plan, scratch.data(), nullptr);
   }
+  query_of_target.resize(layers * targets);
   for (int32_t& query : query_of_target) query = static_cast<int32_t>(integer(-2, queries + 1));
   const std::vector<float> class_weight(classes, 1), loss_weight(layers * kTerms, 1);
   const float num_boxes = 3;

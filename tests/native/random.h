@@ -34,14 +34,16 @@ std::vector<T> costs(int64_t count) {
   return list;
 }
 
-// Every target has at most one query, allowed for it, and no query two targets.
+// Every target has at most one of these queries, allowed for it, and no query two targets. cost [targets, stride].
 template <typename T>
-bool is_one_to_one(const T* cost, int64_t targets, int64_t queries, const int32_t* query_of_target) {
+bool is_one_to_one(const T* cost, int64_t stride, int64_t targets, int64_t first_query, int64_t queries,
+                   const int32_t* query_of_target) {
   std::vector<int32_t> uses(queries);
   for (int64_t t = 0; t < targets; ++t) {
     const int32_t query = query_of_target[t];
-    if (query < -1 || query >= queries) return false;
-    if (query >= 0 && (uses[query]++ > 0 || !std::isfinite(cost[t * queries + query]))) return false;
+    if (query == -1) continue;
+    if (query < first_query || query >= first_query + queries) return false;
+    if (uses[query - first_query]++ > 0 || !std::isfinite(cost[t * stride + query])) return false;
   }
   return true;
 }

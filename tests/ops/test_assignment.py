@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -124,6 +125,43 @@ def ragged_batch() -> tuple[Tensor, Tensor]:
     return torch.randn(4, sum(counts), 25, generator=generator).round(decimals=1), offsets_of(counts)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("spare", [0, 3])
+def test_groups_are_assigned_as_if_alone(dtype: torch.dtype, spare: int, backend: str) -> None:
+    groups, width = 5, 5  # images with fewer and with more targets than a group has queries
+    cost, offsets = ragged_batch()
+    cost = cost.to(dtype)
+    cost[torch.rand(cost.shape, generator=torch.Generator().manual_seed(4)) < 0.2] = torch.nan
+    cost = torch.nn.functional.pad(cost, (0, 0, 0, spare))
+    found = assign_with_prices(cost, offsets, groups=groups)
+    assert torch.equal(assign(cost, offsets, 33, groups), found.query_of_target)
+    assert found.query_of_target.shape == (4, cost.shape[1] * groups)
+    for group in range(groups):
+        own = slice(group * width, (group + 1) * width)
+        alone = assign_with_prices(cost[..., own].contiguous(), offsets)
+        assert torch.equal(found.query_price[..., own], alone.query_price)
+        for start, end in itertools.pairwise(offsets.tolist()):
+            rows = slice(start * groups + group * (end - start), start * groups + (group + 1) * (end - start))
+            queries = alone.query_of_target[:, start:end]
+            queries = queries.where(queries < 0, queries + group * width)
+            assert torch.equal(found.query_of_target[:, rows], queries)
+            assert torch.equal(found.target_price[:, rows], alone.target_price[:, start:end])
+    assert (found.query_of_target[:, int(offsets[-1]) * groups :] == -1).all()
+
+
+def test_groups_are_the_definition() -> None:
+    cost = torch.randn(2, 12, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    offsets = offsets_of([7, 0, 5])
+    for groups in (1, 2, 4, 5):
+        assert torch.equal(assign(cost, offsets, groups=groups), assign_reference(cost, offsets, groups))
+
+
+def test_groups_must_divide_the_queries() -> None:
+    for groups in (0, -1, 3, 21):
+        with pytest.raises(RuntimeError, match=f"assign: groups must divide the 20 queries, got {groups}"):
+            assign(torch.rand(1, 4, 20), offsets_of([4]), groups=groups)
+
+
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
@@ -209,10 +247,10 @@ def test_batch_linear_assignment_is_torch_linear_assignments_form() -> None:
     assert batch_linear_assignment(cost[:0]).shape == (0, 4)
 
 
-@pytest.mark.parametrize("prices", [False, True])
-def test_opcheck(prices: bool) -> None:
+@pytest.mark.parametrize(("groups", "prices"), [(1, False), (1, True), (5, True)])
+def test_opcheck(groups: int, prices: bool) -> None:
     cost, offsets = ragged_batch()
-    torch.library.opcheck(torch.ops.detr_fast.assign.default, (cost, offsets, -1, prices))
+    torch.library.opcheck(torch.ops.detr_fast.assign.default, (cost, offsets, -1, groups, prices))
 
 
 def test_compiles_whole_and_not_again_when_targets_change() -> None:

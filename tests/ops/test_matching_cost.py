@@ -19,9 +19,9 @@ TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 WEIGHTS = (1.0, 5.0, 2.0)
 
 
-def with_status(op, *arguments: object) -> tuple[Tensor, Tensor]:
+def with_status(op, *arguments: object, **options: object) -> tuple[Tensor, Tensor]:
     status = ForbiddenPairs.new_status()
-    return op(*arguments, status=status), status
+    return op(*arguments, status=status, **options), status
 
 
 def in_float64(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -80,15 +80,21 @@ def test_extreme_logits_stay_right(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_match_is_assign_of_matching_cost(kind: str, dtype: torch.dtype, backend: str) -> None:
     inputs = predictions_and_targets(counts=(9, 0, 40, 2), queries=33, dtype=dtype)
-    query_of_target, status = with_status(match, *inputs, *WEIGHTS, kind)
+    inputs[0][1, 2, 30] = torch.nan
     cost, cost_status = with_status(matching_cost, *inputs, *WEIGHTS, kind)
-    assert torch.equal(query_of_target, assign(cost, inputs[-1]))
-    assert torch.equal(status, cost_status)
+    for groups in (1, 3):
+        query_of_target, status = with_status(match, *inputs, *WEIGHTS, kind, groups=groups)
+        assert torch.equal(query_of_target, assign(cost, inputs[-1], groups=groups))
+        assert torch.equal(status, cost_status)
 
 
-def test_match_is_the_definition() -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_match_is_the_definition(groups: int) -> None:
     inputs = predictions_and_targets(dtype=torch.float64)
-    assert torch.equal(match(*inputs, *WEIGHTS), match_reference(*inputs, *WEIGHTS))
+    found = match(*inputs, *WEIGHTS, groups=groups)
+    assert torch.equal(found, match_reference(*inputs, *WEIGHTS, groups=groups))
+    with pytest.raises(RuntimeError, match="match: groups must divide the 30 queries, got 4"):
+        match(*inputs, groups=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +168,8 @@ def test_boxes_without_area_on_both_sides_have_no_cost() -> None:
 
 @pytest.mark.parametrize("op", ["match", "matching_cost"])
 def test_opcheck(op: str) -> None:
-    inputs = (*predictions_and_targets(), ForbiddenPairs.new_status(), -1)
+    numbers = (-1, 3) if op == "match" else (-1,)
+    inputs = (*predictions_and_targets(), ForbiddenPairs.new_status(), *numbers)
     arguments = (*inputs, *WEIGHTS, "softmax", 0.25, 2.0)
     torch.library.opcheck(getattr(torch.ops.detr_fast, op).default, arguments)
 

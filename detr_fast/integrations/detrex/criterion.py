@@ -224,7 +224,7 @@ class GroupSetCriterion(LayeredCriterion):
         predictions, packed = self.structured(outputs, targets)
         check_queries("GroupSetCriterion", predictions.logits.shape[2], groups)
         packed = packed.to(predictions.logits.device)
-        query_of_target, repeated = self.matcher.match_groups(predictions, packed, groups)
+        query_of_target, repeated = self.matcher.match_groups(predictions, packed, groups), packed.repeated(groups)
         values = self.values(predictions, repeated, query_of_target, box_count(repeated.offsets))
         return self.dictionary(MatchedLayers(values, suffixes_of(len(values)), query_of_target))
 

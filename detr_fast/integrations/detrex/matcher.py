@@ -91,10 +91,10 @@ class GroupHungarianMatcher(matcher.HungarianMatcher):
         check_queries("GroupHungarianMatcher", queries, group_nums)
         check_batch_size("GroupHungarianMatcher", images, len(targets))
         packed = Targets.pack(targets, self.num_labels(classes)).to(predictions.logits.device)
-        query_of_target, repeated = self.match_groups(predictions, packed, group_nums)
+        query_of_target = self.match_groups(predictions, packed, group_nums)
         counts = [len(target["labels"]) for target in targets for _ in range(group_nums)]
         offsets = torch.tensor([0, *counts]).cumsum(0)
-        parts = pairs_of(query_of_target[0][: len(repeated.labels)], offsets)
+        parts = pairs_of(query_of_target[0], offsets)
         pairs = []
         for image in range(images):
             own = parts[image * group_nums : (image + 1) * group_nums]

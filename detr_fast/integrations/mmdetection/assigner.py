@@ -149,7 +149,8 @@ class HungarianAssigner:
         matcher = self._current(shapes)
         with torch.no_grad():
             if self._has_corners():
-                return match_with_cost(matcher, predictions, targets, self._of_corners(predictions, targets))
+                extra = self._of_corners(predictions, targets)
+                return match_with_cost(matcher, predictions, targets, extra), targets
             return matcher(predictions, targets), targets
 
     def _targets(self, instances: Sequence[Any], shapes: Sequence[tuple[int, int]], scores: Tensor) -> Targets:

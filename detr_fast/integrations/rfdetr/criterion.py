@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         return criterion_losses(self, self._match, outputs, targets, num_boxes)
 
-    def _match(self, predictions: Predictions, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
+    def _match(self, predictions: Predictions, targets: Targets, groups: int) -> Tensor:
         if isinstance(self.matcher, HungarianMatcher):
             return self.matcher.match_layers(predictions, targets, groups)
         if not _is_rfdetrs(self.matcher):
@@ -142,7 +141,7 @@ class SetCriterion(nn.Module):
 
 def criterion_losses(
     criterion: Any,  # with RF-DETR's attributes
-    match: Callable[[Predictions, Targets, int], tuple[Tensor, Targets]],
+    match: Callable[[Predictions, Targets, int], Tensor],
     outputs: Mapping[str, Any],
     targets: ListedTargets,
     num_boxes: Tensor | float | None,
@@ -155,10 +154,10 @@ def criterion_losses(
     packed = packed_targets(outputs, targets, logits.shape[-1]).to(logits.device)
     divisor = _divisor(num_boxes, logits.device)
     count = box_count(packed.offsets[-1:] * _times(criterion)) if divisor is None else None
-    values = []
+    values, repeated = [], packed.repeated(groups)
     for predictions in sets:
         check_groups(predictions.logits.shape[2], groups)
-        found, repeated = match(predictions, packed, groups)
+        found = match(predictions, packed, groups)
         values.append(_losses(criterion, predictions, found, repeated, packed.offsets, count))
     table = torch.cat(values)
     if divisor is not None:
@@ -235,17 +234,16 @@ def _is_rfdetrs(matcher: Any) -> bool:
     return is_own and not (matcher._forward_pre_hooks or matcher._forward_hooks)
 
 
-def _match_by(matcher: Any, predictions: Predictions, targets: Targets, groups: int) -> tuple[Tensor, Targets]:
+def _match_by(matcher: Any, predictions: Predictions, targets: Targets, groups: int) -> Tensor:
     """As :meth:`HungarianMatcher.match_layers`, by any matcher with RF-DETR's call."""
     counts = targets.offsets.diff().tolist()
     repeated = targets.repeated(groups)
-    repeated = replace(repeated, offsets=repeated.offsets[::groups].contiguous(), max_count=groups * targets.max_count)
     width = predictions.logits.shape[2] // groups
     rows = []
     for pairs in answers_of(matcher, predictions, targets, group_detr=groups):
         moved = [(queries, queries // width * count + own) for (queries, own), count in zip(pairs, counts, strict=True)]
         rows.append(queries_of(moved, repeated, predictions.logits.shape[2]))
-    return torch.stack(rows), repeated
+    return torch.stack(rows)
 
 
 def unsupported(criterion: Any) -> str | None:

@@ -106,9 +106,9 @@ class HungarianMatcher(nn.Module):
         return pairs_of_layers(self, following(self._matcher, self), [outputs], targets, group_detr)[0]
 
     @torch.no_grad()
-    def match_layers(self, predictions: Predictions, targets: Targets, group_detr: int = 1) -> tuple[Tensor, Targets]:
-        """query_of_target ``[L, T * group_detr]`` int32, queries in ``[0, Q)``, and the targets of its rows: those of
-        each image `group_detr` times over, as :func:`detr_fast.ops.set_loss` takes both. Boxes and classes only.
+    def match_layers(self, predictions: Predictions, targets: Targets, group_detr: int = 1) -> Tensor:
+        """query_of_target ``[L, T * group_detr]`` int32, queries in ``[0, Q)``, of the rows of
+        ``targets.repeated(group_detr)``, as :func:`detr_fast.ops.set_loss` takes both. Boxes and classes only.
         """
         return following(self._matcher, self).match_groups(predictions, targets, group_detr)
 
@@ -158,11 +158,11 @@ def pairs_of_layers(
     check_groups(logits.shape[2], groups)
     packed = packed_targets(layers[0], targets, logits.shape[-1]).to(logits.device)
     if packed.masks is None:
-        found, repeated = computes.match_groups(predictions, packed, groups)
+        found = computes.match_groups(predictions, packed, groups)
     else:
         extra = torch.cat([_mask_cost(matcher, layer["pred_masks"], packed) for layer in layers])
-        found, repeated = match_with_cost(computes, predictions, packed, extra, groups)
-    return pairs_of_groups(found, repeated.offsets, groups)
+        found = match_with_cost(computes, predictions, packed, extra, groups)
+    return pairs_of_groups(found, packed.offsets, groups)
 
 
 def _stacked(layers: Sequence[Mapping[str, Any]]) -> Predictions:
@@ -211,7 +211,7 @@ def _mask_cost(matcher: Any, masks: Tensor | Mapping[str, Tensor], targets: Targ
 
 def pairs_of_groups(found: Tensor, offsets: Tensor, groups: int) -> list[Pairs]:
     """``[L, T * groups]`` as a list of pairs for each layer: group after group, queries ascending."""
-    layers, bounds = found.cpu().numpy().astype(np.int64), offsets.tolist()
+    layers, bounds = found.cpu().numpy().astype(np.int64), [groups * start for start in offsets.tolist()]
     return [[_pair_of_groups(row[start:end], groups) for start, end in pairwise(bounds)] for row in layers]
 
 

@@ -49,16 +49,11 @@ def assign_many_bucketed(cost_matrices: list[Tensor], sizes: list[int], group_de
 
 
 def _assign(cost_matrices: list[Tensor], sizes: list[int], groups: int) -> list[Pairs]:  # of one shape
-    cost = torch.stack(cost_matrices).unflatten(1, (groups, -1))  # [L, groups, width, T]
+    cost = torch.stack(cost_matrices).mT  # [L, T, Q]
     cost = cost.float() if cost.dtype != torch.float64 else cost
-    width = cost.shape[2]
-    blocks = [part.transpose(2, 3).flatten(1, 2) for part in cost.split(sizes, 3)]  # [L, groups * t, width]
-    flat = torch.cat(blocks, 1) if blocks else cost.new_zeros((len(cost), 0, width))
-    offsets = offsets_of([size for size in sizes for _ in range(groups)], cost.device)
-    found = assign(flat, offsets, max(sizes, default=0)).cpu()
-    group = torch.tensor([group for size in sizes for group in range(groups) for _ in range(size)], dtype=torch.int32)
-    found = torch.where(found >= 0, found + group * width, found)
-    return pairs_of_groups(found, offsets_of([size * groups for size in sizes]), groups)
+    offsets = offsets_of(sizes)
+    found = assign(cost, offsets.to(cost.device), max(sizes, default=0), groups)
+    return pairs_of_groups(found, offsets, groups)
 
 
 def check_version() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -66,10 +65,8 @@ def denoised(stack: Predictions, meta: Layer, targets: Targets, num_boxes: Tenso
             f"{name}: dn_meta['dn_positive_idx'] must have {groups} (dn_num_group) queries for each of "
             f"{len(targets.labels)} targets, got {len(query)}"
         )
-    offsets = repeated.offsets[::groups].contiguous()
-    own = replace(repeated, offsets=offsets, max_count=targets.max_count * groups)
     layers = len(stack.logits)
-    return Matched(stack, own, query.expand(layers, -1).contiguous(), num_boxes * groups)
+    return Matched(stack, repeated, query.expand(layers, -1).contiguous(), num_boxes * groups)
 
 
 class PairedBoxes(NamedTuple):

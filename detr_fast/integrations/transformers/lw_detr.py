@@ -77,8 +77,8 @@ def _grouped_losses(
     matcher = settings.matchers.get(costs_of(config), settings.focal_kind, 0.25, 2.0)
     matched = part.logits.shape[2] // groups * groups  # the package leaves the rest out
     predictions = Predictions(part.logits[:, :, :matched], part.boxes[:, :, :matched])
-    query_of_target, repeated = matcher.match_groups(predictions, targets, groups)
+    query_of_target = matcher.match_groups(predictions, targets, groups)
     count = settings.count_over_processes(targets.offsets)
     num_boxes = None if count is None else count * groups
     loss = ClassLoss("ia_bce", config.focal_alpha, 2.0)
-    return losses_of(part, query_of_target, repeated, num_boxes, weights, loss)
+    return losses_of(part, query_of_target, targets.repeated(groups), num_boxes, weights, loss)
