@@ -196,16 +196,18 @@ class HungarianMatcher(nn.Module):
         )
 
 
-def pairs_of(query_of_target: Tensor, offsets: Tensor) -> Pairs:
-    """``[T]`` as a list of CPU int64 pairs (queries ascending, targets) for each image."""
+def pairs_of(query_of_target: Tensor, offsets: Tensor, groups: int = 1) -> Pairs:
+    """``[T * groups]`` as a list of CPU int64 pairs (queries ascending, targets) for each image."""
     queries = query_of_target.cpu().numpy().astype(np.int64)
     pairs = []
     for start, end in pairwise(offsets.tolist()):
-        own = queries[start:end]
+        own = queries[start * groups : end * groups]
         order = own.argsort(kind="stable")
         matched = own[order]
         if len(own) and matched[0] < 0:
             order, matched = order[matched >= 0], matched[matched >= 0]
+        if groups > 1:
+            order %= max(end - start, 1)
         pairs.append((torch.from_numpy(matched), torch.from_numpy(order)))
     return pairs
 

@@ -206,10 +206,10 @@ class Targets:
         """
         if torch.compiler.is_compiling():  # which has no NumPy, and no errors that depend on values
             return
-        # A glance through NumPy costs a tenth of the operators below.
-        labels, boxes = self.labels.numpy(), self.boxes.detach().numpy()
-        known = num_classes is None or labels.max(initial=-1) < num_classes
-        if known and labels.min(initial=0) >= 0 and np.isfinite(boxes).all() and boxes[:, 2:].min(initial=0) >= 0:
+        # A glance through NumPy costs a tenth of the operators below. Negative labels are large without their sign.
+        labels, boxes = self.labels.numpy().view(np.uint64), self.boxes.detach().numpy()
+        known = len(labels) == 0 or labels.max() < (2**63 if num_classes is None else num_classes)
+        if known and np.isfinite(boxes).all() and boxes[:, 2:].min(initial=0) >= 0:
             return
         bad_box = ~self.boxes.isfinite().all(1) | (self.boxes[:, 2:] < 0).any(1)
         bad_label = self.labels < 0
@@ -375,18 +375,19 @@ def _name_of_image(index: int, names: Sequence[object] | None) -> str:
 
 def _check_shapes(target: Mapping[str, Tensor], index: int, names: Sequence[object] | None) -> int:
     """Checks the shapes of one image's targets and returns their number."""
-    where = _name_of_image(index, names)
-    for key in ("labels", "boxes"):
-        if key not in target:
-            raise ValueError(f"targets of {where}: '{key}' is missing, got {sorted(target)}")
-    labels, boxes = target["labels"], target["boxes"]
-    if labels.shape == (0,) and boxes.numel() == 0:  # torch.tensor([]), of any type
+    labels, boxes = target.get("labels"), target.get("boxes")
+    if labels is None or boxes is None:
+        missing = "labels" if labels is None else "boxes"
+        raise ValueError(f"targets of {_name_of_image(index, names)}: '{missing}' is missing, got {sorted(target)}")
+    shape, is_integer = labels.shape, not labels.is_floating_point()
+    if len(shape) == 1 and boxes.shape == (shape[0], 4) and is_integer and boxes.is_floating_point():
+        return shape[0]
+    if shape == (0,) and boxes.numel() == 0:  # torch.tensor([]), of any type
         return 0
-    if labels.dim() != 1 or labels.is_floating_point():
-        raise ValueError(f"targets of {where}: labels must be [n] integers, got {list(labels.shape)} {labels.dtype}")
-    if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():
-        raise ValueError(
-            f"targets of {where}: boxes must be [{len(labels)}, 4] floating point (one row a label), "
-            f"got {list(boxes.shape)} {boxes.dtype}"
-        )
-    return len(labels)
+    where = _name_of_image(index, names)
+    if len(shape) != 1 or not is_integer:
+        raise ValueError(f"targets of {where}: labels must be [n] integers, got {list(shape)} {labels.dtype}")
+    raise ValueError(
+        f"targets of {where}: boxes must be [{shape[0]}, 4] floating point (one row a label), "
+        f"got {list(boxes.shape)} {boxes.dtype}"
+    )

@@ -91,15 +91,7 @@ class GroupHungarianMatcher(matcher.HungarianMatcher):
         check_queries("GroupHungarianMatcher", queries, group_nums)
         check_batch_size("GroupHungarianMatcher", images, len(targets))
         packed = Targets.pack(targets, self.num_labels(classes)).to(predictions.logits.device)
-        query_of_target = self.match_groups(predictions, packed, group_nums)
-        counts = [len(target["labels"]) for target in targets for _ in range(group_nums)]
-        offsets = torch.tensor([0, *counts]).cumsum(0)
-        parts = pairs_of(query_of_target[0], offsets)
-        pairs = []
-        for image in range(images):
-            own = parts[image * group_nums : (image + 1) * group_nums]
-            pairs.append((torch.cat([part[0] for part in own]), torch.cat([part[1] for part in own])))
-        return pairs
+        return pairs_of(self.match_groups(predictions, packed, group_nums)[0], packed.offsets, group_nums)
 
 
 def check_queries(name: str, queries: int, groups: int) -> None:

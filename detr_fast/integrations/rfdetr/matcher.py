@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,7 @@ from detr_fast.integrations.further_cost import match_with_cost, report_of, weig
 from detr_fast.integrations.layer_losses import ListedTargets
 from detr_fast.integrations.mask_cost import logits_at, point_mask_cost, sample, targets_at
 from detr_fast.integrations.mode import Mode, check_mode
-from detr_fast.matcher import Pairs, check_batch_size
+from detr_fast.matcher import Pairs, check_batch_size, pairs_of
 from detr_fast.ops.dialect import Dialect
 from detr_fast.ops.matching_cost import ForbiddenPairs
 from detr_fast.structures import Predictions, Targets
@@ -162,7 +160,7 @@ def pairs_of_layers(
     else:
         extra = torch.cat([_mask_cost(matcher, layer["pred_masks"], packed) for layer in layers])
         found = match_with_cost(computes, predictions, packed, extra, groups)
-    return pairs_of_groups(found, packed.offsets, groups)
+    return [pairs_of(row, packed.offsets, groups) for row in found.cpu()]
 
 
 def _stacked(layers: Sequence[Mapping[str, Any]]) -> Predictions:
@@ -207,18 +205,3 @@ def _mask_cost(matcher: Any, masks: Tensor | Mapping[str, Tensor], targets: Targ
     assert targets.masks is not None
     wanted = targets_at(targets.masks, points[None], 1, "nearest", "border")
     return point_mask_cost(logits, wanted, len(targets.labels), matcher.cost_mask_ce, matcher.cost_mask_dice)
-
-
-def pairs_of_groups(found: Tensor, offsets: Tensor, groups: int) -> list[Pairs]:
-    """``[L, T * groups]`` as a list of pairs for each layer: group after group, queries ascending."""
-    layers, bounds = found.cpu().numpy().astype(np.int64), [groups * start for start in offsets.tolist()]
-    return [[_pair_of_groups(row[start:end], groups) for start, end in pairwise(bounds)] for row in layers]
-
-
-def _pair_of_groups(own: np.ndarray, groups: int) -> tuple[Tensor, Tensor]:
-    """Of the rows of an image. Queries of a group are greater than those of the group before."""
-    order = own.argsort(kind="stable")
-    queries = own[order]
-    if len(own) and queries[0] < 0:
-        order, queries = order[queries >= 0], queries[queries >= 0]
-    return torch.from_numpy(queries), torch.from_numpy(order % max(len(own) // groups, 1))

@@ -19,10 +19,9 @@ from detr_fast.integrations.rfdetr.matcher import (
     check_groups,
     core_matcher,
     following,
-    pairs_of_groups,
     pairs_of_layers,
 )
-from detr_fast.matcher import Pairs
+from detr_fast.matcher import Pairs, pairs_of
 from detr_fast.ops.assignment import assign
 from detr_fast.structures import offsets_of
 
@@ -53,7 +52,7 @@ def _assign(cost_matrices: list[Tensor], sizes: list[int], groups: int) -> list[
     cost = cost.float() if cost.dtype != torch.float64 else cost
     offsets = offsets_of(sizes)
     found = assign(cost, offsets.to(cost.device), max(sizes, default=0), groups)
-    return pairs_of_groups(found, offsets, groups)
+    return [pairs_of(row, offsets, groups) for row in found.cpu()]
 
 
 def check_version() -> None:
