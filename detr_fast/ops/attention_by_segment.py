@@ -82,11 +82,12 @@ def backward(
         q, k, v = run.queries(query), run.keys(key), run.keys(value)
         out, sums = run.queries(output), run.queries(log_sum_exp.mT[..., None])[..., 0]
         grad = run.queries(gradient)
+        # Half types in float32: PyTorch's kernel takes 8 times as long for bfloat16.
+        q, k, v, out, grad = (x.to(log_sum_exp.dtype) for x in (q, k, v, out, grad))
         if fused:
             of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             parts = of_cpu(grad, q, k, v, out, sums, 0.0, False, scale=scale)
         else:
-            q, k, v, out, grad = (x.to(log_sum_exp.dtype) for x in (q, k, v, out, grad))
             weights = runs.mask_scores(run, (q * scale) @ k.mT).sub_(_finite(sums)[..., None]).exp_()
             of_weights = (grad @ v.mT).div_(1 - dropout)
             kept = weights

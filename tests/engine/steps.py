@@ -50,9 +50,9 @@ def model_of(name: str = "detr_resnet50", dtype: torch.dtype = torch.float32, dr
     return build_model(name, CLASSES, dropout=dropout, **OPTIONS).to(dtype).train()
 
 
-def step_of(model: nn.Module, clip_norm: float = 0.1) -> TrainingStep:
+def step_of(model: nn.Module, clip_norm: float = 0.1, precision: torch.dtype = torch.float32) -> TrainingStep:
     optimizer = build_optimizer(model, OptimizerConfig())
-    return TrainingStep(model, build_criterion(Config(), CLASSES), optimizer, clip_norm)
+    return TrainingStep(model, build_criterion(Config(), CLASSES), optimizer, clip_norm, precision)
 
 
 def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:

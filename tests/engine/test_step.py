@@ -51,6 +51,22 @@ def test_micro_batches_make_the_gradient_of_the_joint_batch(split: tuple[int, ..
     )
 
 
+def test_bf16_is_near_float32() -> None:
+    batch = batch_of(4, seed=1)
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        model = model_of()
+        result = step_of(model, clip_norm=0, precision=precision)([batch])
+        assert not result.was_skipped
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        found.append((result.losses["loss"], torch.cat([g.flatten() for g in gradients_of(model).values()])))
+    (loss, gradient), (half_loss, half_gradient) = found
+    assert half_loss.dtype == torch.float32
+    assert half_loss != loss
+    torch.testing.assert_close(half_loss, loss, rtol=4 * torch.finfo(torch.bfloat16).eps, atol=0)
+    assert torch.cosine_similarity(half_gradient, gradient, dim=0) > 0.95
+
+
 def _doubled(batch):
     images = batch.images
     return type(batch)(
