@@ -288,5 +288,5 @@ def _index(dataset: dict[str, Any], keep_segmentation: bool) -> COCO:
 def _fatal_message(file: object, faults: Sequence[Fault]) -> str:
     listed = "".join(f"\n  {fault}" for fault in faults[:5])
     more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-    advice = 'correct them, or leave them out with on_fault="skip"'
+    advice = 'correct them, or leave them out with on_fault="skip" (--data.on_fault=skip)'
     return f"{file}: {len(faults)} entries cannot be used; {advice}{listed}{more}"

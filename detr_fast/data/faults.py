@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-STOPS = 'training stops; on_fault="skip" leaves them out'
+STOPS = 'training stops; on_fault="skip" (--data.on_fault=skip) leaves them out'
 CONSEQUENCES = {  # of each kind of fault
     "unusable annotation file": "the split cannot be used",
     "malformed image entry": STOPS,

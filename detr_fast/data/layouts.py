@@ -211,4 +211,7 @@ def _not_found(root: Path, split: str, tried: list[CocoPaths]) -> str:
     else:
         files = dict.fromkeys(short(paths.annotations) for paths in tried)
         wanted = f"has no annotations of split '{split}'; looked for {', '.join(files)}"
-    return f"data set: {root} {wanted}. It contains: {shown or 'nothing'}. Other layouts: give the two paths directly."
+    advice = (
+        "Other layouts: give the two paths, as --data.train_images and --data.train_annotations (evaluation_ alike)"
+    )
+    return f"data set: {root} {wanted}. It contains: {shown or 'nothing'}. {advice}."

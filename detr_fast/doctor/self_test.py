@@ -25,6 +25,7 @@ from detr_fast.ops.set_loss import LossKind
 from detr_fast.structures import offsets_of
 
 COUNTS, LAYERS, QUERIES, CLASSES = (3, 0, 7, 25), 2, 20, 11  # the last image has more targets than queries
+GROUPS = 2
 WEIGHTS: dict[str, Any] = {"class_weight": 2.0, "box_weight": 5.0, "giou_weight": 2.0}
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -145,6 +146,8 @@ def _assign(device: torch.device) -> Iterator[Comparison]:
     found = ops.assign_with_prices(cost.to(device), offsets.to(device), max(COUNTS))
     plain = ops.assign(cost.to(device), offsets.to(device), max(COUNTS))
     yield Comparison("assign beside assign_with_prices", float((plain != found.query_of_target).sum()), 0)
+    grouped = ops.assign(cost.to(device), offsets.to(device), max(COUNTS), GROUPS)
+    yield Comparison("groups beside each alone", float((grouped.cpu() != _groups_alone(cost, offsets)).sum()), 0)
     totals = _totals(cost, plain, "assign")
     best = _totals(cost, ops.assign_reference(cost, offsets), "assign_reference")
     yield Comparison("total cost", float((totals - best).abs().max()), allowed)
@@ -157,6 +160,15 @@ def _assign(device: torch.device) -> Iterator[Comparison]:
         yield Comparison(f"sum of prices in image {image}", float((proved - totals[:, image]).abs().max()), allowed)
 
 
+def _groups_alone(cost: Tensor, offsets: Tensor) -> Tensor:  # [L, T * GROUPS]
+    width, parts = QUERIES // GROUPS, []
+    found = [ops.assign(own.contiguous(), offsets) for own in cost.split(width, 2)]  # GROUPS x [L, T]
+    for start, end in itertools.pairwise(offsets.tolist()):
+        for group, queries in enumerate(own[:, start:end] for own in found):
+            parts.append(queries.where(queries < 0, queries + group * width))
+    return torch.cat(parts, 1)
+
+
 def _match(device: torch.device) -> Iterator[Comparison]:
     inputs = _problem()
     logits, boxes, labels, target_boxes, offsets = inputs
@@ -166,6 +178,9 @@ def _match(device: torch.device) -> Iterator[Comparison]:
         found = ops.match(*there, kind=kind, **WEIGHTS)
         apart = ops.assign(ops.matching_cost(*there, kind=kind, **WEIGHTS), there[-1])
         yield Comparison(f"{kind}: beside cost and assignment", float((found != apart).sum()), 0)
+        found_of_groups = ops.match(*there, kind=kind, groups=GROUPS, **WEIGHTS)
+        apart = ops.assign(ops.matching_cost(*there, kind=kind, **WEIGHTS), there[-1], groups=GROUPS)
+        yield Comparison(f"{kind}: groups beside cost and assignment", float((found_of_groups != apart).sum()), 0)
         exact = ops.matching_cost_reference(*exactly, kind=kind, **WEIGHTS)
         best = ops.match_reference(*exactly, kind=kind, **WEIGHTS)
         difference = _totals(exact, found, kind) - _totals(exact, best, "match_reference")
