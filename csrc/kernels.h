@@ -149,7 +149,7 @@ struct Kernels {
   // Whether some pair was forbidden. Rows past offsets[B] are not written.
   bool (*assign_float)(const AssignmentArguments<float>&, int64_t begin, int64_t end);
   bool (*assign_double)(const AssignmentArguments<double>&, int64_t begin, int64_t end);
-  // cost [L, T, Q]; forbidden [L, B]. Of one group.
+  // cost [L, T, Q]; forbidden [L, B]. Groups make no difference.
   void (*matching_cost_float)(const CostArguments<float>&, float* cost, Forbidden*, int64_t begin, int64_t end);
   void (*matching_cost_double)(const CostArguments<double>&, double* cost, Forbidden*, int64_t begin, int64_t end);
   // query_of_target [L, T * G], as assign's; forbidden [L, B, G].
@@ -191,17 +191,18 @@ struct AssignPlan {
 // max_count: an upper bound of the targets of one image. type: kFloat32 or kFloat64.
 AssignPlan assign_plan(const Batch&, int64_t groups, int64_t max_count, ElementType type);
 
-// Parts of a row of a group's queries whose minima matching_cost delivers.
+// Parts of a row, of so many queries of a group, whose minima matching_cost delivers.
 constexpr int64_t minima_segments(int64_t queries) { return (queries + 31) / 32; }
 
-// Writes all of query_of_target; prices must be 0 before. minima: of matching_cost on the same cost, or null.
-// scratch: plan.scratch_bytes for each problem. One launch.
+// Writes all of query_of_target, if offsets are segments of the rows; prices must be 0 before. minima: of matching_cost
+// on the same cost, or null. scratch: plan.scratch_bytes for each problem. One launch.
 void assign(const AssignmentArguments<float>&, const uint64_t* minima, const AssignPlan&, void* scratch, void* stream);
 void assign(const AssignmentArguments<double>&, const uint64_t* minima, const AssignPlan&, void* scratch, void* stream);
 
-// cost [L, T, Q], in rows past offsets[B] 0, or with minima unwritten. minima [L, T, minima_segments]: of each row and
-// 32 queries the least cost and its query, for assign; or null, as for double. status: [2], or null: the number of
-// forbidden pairs is added to the first, the second raised to INT64_MAX - Forbidden::first. One launch.
+// cost [L, T, Q], in rows past offsets[B] 0, or with minima unwritten. minima [L, T, G, minima_segments(Q / G)]: of
+// each row and 32 queries of a group the least cost and its query within the group, for assign; or null, as for double.
+// status: [2], or null: the number of forbidden pairs is added to the first, the second raised to INT64_MAX -
+// Forbidden::first. One launch.
 void matching_cost(const CostArguments<float>&, float* cost, uint64_t* minima, int64_t* status, void* stream);
 void matching_cost(const CostArguments<double>&, double* cost, uint64_t* minima, int64_t* status, void* stream);
 

@@ -36,14 +36,15 @@ class HungarianMatcher(nn.Module):
     Args:
         kind: "softmax" (DETR), "focal" (Deformable DETR's formula) or "focal_stable", with `alpha` and `gamma`.
         invalid: what a pair without a finite cost (NaN or infinite logits or boxes, boxes without area on both sides,
-            on a device also a label out of range) leads to. "raise": a ValueError that names its layer, image, target,
-            query and term. "skip": such pairs are not matched, the rest is matched at least cost, and :meth:`report`
-            tells how many there were; this is also what ``torch.compile(fullgraph=True)`` needs. None: "raise" on the
-            CPU, where looking costs nothing, and "skip" on other devices. The others match what several code bases do,
-            and report: "last" takes such pairs when there are no others (Hugging Face transformers); "above_largest"
-            gives them the layer's largest cost, plus its largest magnitude, plus 1 (RF-DETR); "as_one" makes NaN the
-            cost 1, which may well be the least there is, and infinity a very large one (D-FINE, DEIM). A target whose
-            label is out of range is not matched under any of them.
+            on a device also a label out of range; "focal" has a cost for infinite logits) leads to. "raise": a
+            ValueError that names its layer, image, target, query and term. "skip": such pairs are not matched, the rest
+            is matched at least cost, and :meth:`report` tells how many there were; this is also what
+            ``torch.compile(fullgraph=True)`` needs. None: "raise" on the CPU, where looking costs nothing, and "skip"
+            on other devices. The others match what several code bases do, and report: "last" takes such pairs when
+            there are no others (Hugging Face transformers); "above_largest" gives them the layer's largest cost, plus
+            its largest magnitude, plus 1 (RF-DETR); "as_one" makes NaN the cost 1, which may well be the least there
+            is, and infinity a very large one (D-FINE, DEIM). A target whose label is out of range is not matched under
+            any of them.
         dialect: epsilons of the cost.
 
     Raises:
@@ -197,7 +198,10 @@ class HungarianMatcher(nn.Module):
 
 
 def pairs_of(query_of_target: Tensor, offsets: Tensor, groups: int = 1) -> Pairs:
-    """``[T * groups]`` as a list of CPU int64 pairs (queries ascending, targets) for each image."""
+    """``[T * groups]`` as a list of CPU int64 pairs for each image: queries ascending, and each one's target.
+
+    Targets are counted within the image; with groups each is there as often.
+    """
     queries = query_of_target.cpu().numpy().astype(np.int64)
     pairs = []
     for start, end in pairwise(offsets.tolist()):

@@ -237,20 +237,22 @@ class Targets:
         """
         if groups < 1:
             raise ValueError(f"Targets.repeated: groups must be at least 1, got {groups}")
-        image, _, target = self.rows_of_groups(groups)
-        source = (self.offsets[image] + target).clamp_(max=max(len(self.labels) - 1, 0))
-        return Targets(self.labels[source], self.boxes[source], self.offsets * groups, self.max_count * groups)
+        one = Targets(self.labels, self.boxes, self.offsets, self.max_count)
+        return one if groups == 1 else self.in_groups(groups)[0]
 
-    def rows_of_groups(self, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, group and target within its image of each row of ``repeated(groups)``: ``[T * groups]`` int64 each.
+    def in_groups(self, groups: int) -> tuple[Targets, Tensor, Tensor]:
+        """``repeated(groups)``, and of each of its rows the group and the target's number within its image.
 
-        Waits for no device; what rows past the last offset have is meaningless.
+        Both are ``[T * groups]`` int64; what rows past the last offset have is meaningless.
         """
         rows = torch.arange(len(self.labels) * groups, device=self.offsets.device)
         image = torch.searchsorted(self.offsets * groups, rows, right=True).sub_(1).clamp_(0, max(len(self) - 1, 0))
         start, end = self.offsets[image], self.offsets[(image + 1).clamp_(max=len(self))]
         row_in_image, count = rows - start * groups, (end - start).clamp_(min=1)
-        return image, row_in_image // count, row_in_image % count
+        target = row_in_image % count
+        source = (start + target).clamp_(max=max(len(self.labels) - 1, 0))
+        repeated = Targets(self.labels[source], self.boxes[source], self.offsets * groups, self.max_count * groups)
+        return repeated, row_in_image // count, target
 
     def image_of_row(self) -> Tensor:  # [T] int64
         """Image of each row; of rows past ``offsets[B]`` the last one. Waits for no device."""

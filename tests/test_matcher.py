@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast import HungarianMatcher, Predictions, Targets
-from detr_fast.matcher import queries_of
-from detr_fast.ops import matching_cost_reference
+from detr_fast.matcher import queries_of, replaced
+from detr_fast.ops import assign, matching_cost_reference
+from detr_fast.structures import offsets_of
 
 
 def batch(
@@ -204,6 +205,46 @@ def test_groups_are_matched_as_if_alone(counts: tuple[int, ...]) -> None:
             assert [next(rows) for _ in range(count)] == [x if x < 0 else x + group * queries for x in expected]
     labels = torch.cat([target["labels"].repeat(groups) for target in targets])
     assert torch.equal(repeated.labels, labels)
+
+
+@pytest.mark.parametrize("policy", ["last", "above_largest", "as_one"])
+def test_published_policies_hold_in_each_group(policy: str) -> None:
+    """As one layer of the cost: where the whole has a largest cost, each group has it."""
+    outputs, targets = batch((3, 6), 12)
+    outputs["pred_logits"][:, [1, 4, 5, 8]] = torch.nan
+    outputs["pred_logits"][1, 6:] = torch.nan  # a group without any finite cost
+    packed, predictions = Targets.pack(targets), Predictions.from_dict(outputs)
+    matcher = HungarianMatcher(1, 5, 2, invalid=policy)  # type: ignore[arg-type]
+    found = matcher.match_groups(predictions, packed, 2)
+    arguments = (predictions.logits, predictions.boxes, packed.labels, packed.boxes, packed.offsets)
+    cost = replaced(matching_cost_reference(*arguments, 1.0, 5.0, 2.0), policy, 6)  # type: ignore[arg-type]
+    assert torch.equal(found, assign(cost, packed.offsets, groups=2))
+    assert (found >= 0).all()
+    report = matcher.report()
+    assert report is not None
+    assert report.count == 3 * 4 + 6 * (3 + 6)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0], [4, 0], []])
+def test_repeated_targets_with_spare_rows(counts: list[int], groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    total, spare = sum(counts), 2
+    labels = torch.randint(0, 9, (total + spare,), generator=generator)
+    targets = Targets(labels, torch.rand(total + spare, 4, generator=generator), offsets_of(counts), 9)
+    repeated, group, target = targets.in_groups(groups)
+    assert torch.equal(targets.repeated(groups).labels[: total * groups], repeated.labels[: total * groups])
+    assert repeated.offsets.tolist() == [groups * start for start in targets.offsets.tolist()]
+    assert (len(repeated.labels), repeated.max_count) == (groups * (total + spare), 9 * groups)
+    row = 0
+    for start, count in zip(targets.offsets.tolist(), counts, strict=False):
+        for number in range(groups):
+            own = slice(row, row + count)
+            assert torch.equal(repeated.labels[own], labels[start : start + count])
+            assert torch.equal(repeated.boxes[own], targets.boxes[start : start + count])
+            assert group[own].tolist() == [number] * count
+            assert target[own].tolist() == list(range(count))
+            row += count
 
 
 def test_a_bad_pair_of_a_group_is_reported_with_its_image() -> None:

@@ -8,7 +8,7 @@
 
 namespace detr {
 
-// p = sigmoid(x) and both logarithms, without cancellation for any finite x.
+// p = sigmoid(x) and both logarithms, without cancellation; the limits where x is infinite.
 template <typename V>
 struct Sigmoid {
   V p, q;                      // p and 1 - p
@@ -17,7 +17,7 @@ struct Sigmoid {
 
 template <typename Math, typename V>
 DETR_HD Sigmoid<V> sigmoid_of(V x) {
-  const V zero = x - x;
+  const V zero{};
   const V e = Math::exp(-magnitude(x));
   const V log1p = Math::log1p(e);
   const V large = 1 / (e + 1), small = e * large;

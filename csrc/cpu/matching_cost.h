@@ -142,8 +142,8 @@ void problem_cost(const CostArguments<T>& a, const Problem& problem, T* work, T*
 }
 
 template <typename T>
-int64_t cost_work_size(const CostArguments<T>& a) {
-  return 4 * round_up(a.batch.queries / a.groups, kLanes<T>) + row_block_size<T>(a.classes);
+int64_t cost_work_size(int64_t queries, int64_t classes) {
+  return 4 * round_up(queries, kLanes<T>) + row_block_size<T>(classes);
 }
 
 // Which terms of a forbidden pair are at fault.
@@ -198,9 +198,10 @@ Forbidden find_forbidden(const CostArguments<T>& a, const Problem& problem, cons
 
 template <typename T>
 void matching_cost(const CostArguments<T>& a, T* cost, Forbidden* forbidden, int64_t begin, int64_t end) {
-  T* work = static_cast<T*>(scratch(Scratch::kCost, cost_work_size(a) * sizeof(T)));
+  const int64_t work_size = cost_work_size<T>(a.batch.queries, a.classes);
+  T* work = static_cast<T*>(scratch(Scratch::kCost, work_size * sizeof(T)));
   for (int64_t p = begin; p < end; ++p) {
-    const Problem problem(a.batch, a.groups, p);
+    const Problem problem(a.batch, 1, p);
     forbidden[p] = kNoneForbidden;
     if (problem.targets == 0) continue;
     T* own = cost + (problem.layer * a.batch.targets + problem.first_target) * a.batch.queries;
@@ -216,7 +217,8 @@ void match(const CostArguments<T>& a, int32_t* query_of_target, Forbidden* forbi
     forbidden[p] = kNoneForbidden;
     if (problem.targets == 0) continue;
     const int64_t size = round_up(problem.targets * problem.queries, kLanes<T>);
-    T* cost = static_cast<T*>(scratch(Scratch::kCost, (size + cost_work_size(a)) * sizeof(T)));
+    const int64_t work_size = cost_work_size<T>(problem.queries, a.classes);
+    T* cost = static_cast<T*>(scratch(Scratch::kCost, (size + work_size) * sizeof(T)));
     problem_cost(a, problem, cost + size, cost);
     int32_t* result = query_of_target + problem.first_row;
     if (solve_problem<T>(cost, problem.queries, problem.targets, problem.queries, result, nullptr, nullptr))

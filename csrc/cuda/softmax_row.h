@@ -9,7 +9,7 @@ namespace detr::cuda {
 
 constexpr int kTeam = 16;
 
-// exp (of numbers <= 0) and log of numbers.
+// exp (of numbers <= 0), log and log1p (of numbers in [0, 1]) of numbers.
 template <typename T>
 struct Math;
 

@@ -118,9 +118,9 @@ inline Batch batch_of(const char* op, const Tensor& offsets, int64_t layers, int
 
 // Groups of equal size that the queries of an image are divided into; all targets are matched with each.
 inline void check_groups(const char* op, const Batch& batch, int64_t groups) {
-  check(groups >= 1 && batch.queries % groups == 0, op, ": groups must divide the ", batch.queries, " queries, got ",
-        groups);
-  check(batch.targets < INT32_MAX / groups, op, ": at most 2^31 - 2 targets of all groups, got ", batch.targets,
+  check(groups >= 1 && groups <= std::max<int64_t>(batch.queries, 1) && batch.queries % groups == 0, op,
+        ": groups must divide the ", batch.queries, " queries, got ", groups);
+  check(batch.targets <= (INT32_MAX - 1) / groups, op, ": at most 2^31 - 2 targets of all groups, got ", batch.targets,
         " targets and ", groups, " groups");
 }
 

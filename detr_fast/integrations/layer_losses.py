@@ -142,8 +142,7 @@ def denoising_pairs(targets: Targets, groups: int, stride: int) -> tuple[Tensor,
 
     Target t of an image is query ``group * stride + t``. Nothing is read back.
     """
-    repeated = targets.repeated(groups)
-    _, group, target = targets.rows_of_groups(groups)
+    repeated, group, target = targets.in_groups(groups)
     is_there = torch.arange(len(group), device=group.device) < repeated.offsets[-1]
     return (group * stride + target).where(is_there, -1).to(torch.int32), repeated
 

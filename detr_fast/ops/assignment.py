@@ -30,7 +30,7 @@ def assign(
     max_count: int | None = None,
     groups: int = 1,
 ) -> Tensor:
-    """For each layer and image, the assignment of least total cost: query_of_target ``[L, T]`` int32.
+    """For each layer and image, the assignment of least total cost: query_of_target ``[L, T * groups]`` int32.
 
     Row t of ``cost[l]`` is target t against the Q queries of its own image; image b owns rows ``offsets[b]`` to
     ``offsets[b + 1]``, rows past ``offsets[B]`` get -1. Every image matches min(its targets, Q) pairs, no query twice.
@@ -44,8 +44,8 @@ def assign(
     Rounding errors of float32 may choose between totals that differ by less than 4 T eps max|cost|.
 
     With `groups`, an image's queries are that many groups of equal size, and its targets are assigned to each of them
-    as if it were alone: query_of_target ``[L, T * groups]``, rows in the order image, group, target, as those of
-    :meth:`Targets.repeated`, queries in ``[0, Q)``. Rows past ``offsets[B] * groups`` get -1.
+    as if it were alone: the result's rows in the order image, group, target, as those of :meth:`Targets.repeated`,
+    queries in ``[0, Q)``. Rows past ``offsets[B] * groups`` get -1.
 
     `max_count` is the most targets of one image, or any upper bound, as :class:`Targets` knows it on the host: a CUDA
     device gets its memory by it without reading the offsets back. None is always right; a number that is too small

@@ -82,7 +82,7 @@ def backward(
         q, k, v = run.queries(query), run.keys(key), run.keys(value)
         out, sums = run.queries(output), run.queries(log_sum_exp.mT[..., None])[..., 0]
         grad = run.queries(gradient)
-        # Half types in float32: PyTorch's kernel takes 8 times as long for bfloat16.
+        # Half types in float32: PyTorch's kernel takes longer for them, up to 8 times where segments are short.
         q, k, v, out, grad = (x.to(log_sum_exp.dtype) for x in (q, k, v, out, grad))
         if fused:
             of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -148,6 +148,22 @@ def test_offsets_that_are_none_harm_nothing(emulator: ModuleType) -> None:
         assert (run("detr_fast_emulated", "match", *inputs)[0] >= -1).all()
 
 
+@pytest.mark.parametrize("limit", [1024, 4])
+def test_groups_with_a_max_count_that_is_too_small_and_little_memory(emulator: ModuleType, limit: int) -> None:
+    """Images that are larger are left unmatched, the others are matched; in KiB."""
+    inputs = predictions_and_targets((3, 40), 2, 3 * 50, 11)
+    emulator.use_shared_memory_limit(limit * 1024)
+    try:
+        found = run("detr_fast_emulated", "match", *inputs, max_count=3, groups=3)[0]
+        whole = run("detr_fast_emulated", "match", *inputs, max_count=40, groups=3)[0]
+    finally:
+        emulator.use_shared_memory_limit(1 << 20)
+    expected = run("detr_fast", "match", *inputs, groups=3)[0]
+    assert torch.equal(whole, expected)
+    assert torch.equal(found[:, :9], expected[:, :9])
+    assert ((found == expected) | (found == -1)).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dialects_have_the_bits_of_the_cpu(emulator: ModuleType, kind: str) -> None:
     inputs = predictions_and_targets((3, 0, 17), 2, 70, 16)

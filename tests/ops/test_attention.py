@@ -95,6 +95,22 @@ def test_narrow_types(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found_sums.double(), sums, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_narrow_types(dtype: torch.dtype) -> None:
+    """Computed in float32 from the rounded output, and rounded once."""
+    inputs = arguments([(40, 70), (3, 130)], dtype)
+    gradients = []
+    for tensors in (inputs[:3], [x.double() for x in inputs[:3]]):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        output = attention(*leaves, *inputs[3:])
+        factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        gradients.append(torch.autograd.grad((output * factor.to(output.dtype)).sum(), leaves))
+    for found, expected in zip(*gradients, strict=True):
+        assert found.dtype == dtype
+        limit = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("count", [17, 300, 900])
 @pytest.mark.usefixtures("restored_threads")
 def test_an_image_does_not_depend_on_its_neighbours(count: int) -> None:

@@ -121,7 +121,9 @@ def assert_is_the_definition(problem: Problem, computed: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["plain", "dropout"])
-@pytest.mark.parametrize("widths", [(32, 32), (64, 32), (16, 16), (8, 24)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(32, 32), pytest.param((64, 32), marks=pytest.mark.slow), (16, 16), (8, 24)], ids=str
+)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_output_sums_and_gradients_are_the_definition(
     dtype: torch.dtype, widths: tuple[int, int], dropout: float
@@ -159,7 +161,7 @@ def test_keys_in_parts(splits: int, dtype: torch.dtype) -> None:
     assert_is_the_definition(problem, problem.computed(splits=splits))
 
 
-@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("width", [32, 64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("products", ["half", "masked", "tf32", "ieee"])
 def test_every_candidate(products: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU TF32 rounds operands to 11 bits: like float16, whose definition then is the measure."""

@@ -76,6 +76,21 @@ def test_extreme_logits_stay_right(kind: str, backend: str) -> None:
     assert_as_accurate(cost, definition, exact)
 
 
+@pytest.mark.parametrize("kind", ["focal", "focal_stable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_logits_are_the_limits(kind: str, dtype: torch.dtype, backend: str) -> None:
+    logits, *rest = predictions_and_targets(dtype=dtype)
+    logits[0, 0, 3] = torch.inf
+    logits[1, 2, 4] = -torch.inf
+    cost, status = with_status(matching_cost, logits, *rest, *WEIGHTS, kind)
+    exact = matching_cost_reference(logits.double(), *rest, *WEIGHTS, kind)
+    definition = matching_cost_reference(logits, *rest, *WEIGHTS, kind)
+    assert_as_accurate(cost, definition, exact)
+    assert exact.isinf().sum() == (0 if kind == "focal" else 3 + 7)
+    found = ForbiddenPairs.read(status)
+    assert (found is None) if kind == "focal" else (found is not None and found.count == 3 + 7)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_match_is_assign_of_matching_cost(kind: str, dtype: torch.dtype, backend: str) -> None:
@@ -182,6 +197,22 @@ def test_compiles_whole_and_not_again_when_targets_change() -> None:
         inputs = predictions_and_targets(counts)
         assert torch.equal(compiled(*inputs), match(*inputs))
     assert counter.frame_count == 1
+
+
+def test_compiles_with_groups_that_change() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(match, backend="eager", fullgraph=True, dynamic=True)
+    inputs = predictions_and_targets()
+    for groups in (1, 2, 3, 5):
+        assert torch.equal(compiled(*inputs, groups=groups), match(*inputs, groups=groups))
+
+
+@pytest.mark.parametrize(("counts", "queries"), [((), 6), ((0, 0), 6), ((2, 0, 1), 0)])
+def test_groups_of_nothing(counts: tuple[int, ...], queries: int, backend: str) -> None:
+    inputs = predictions_and_targets(counts, queries=queries)
+    groups = 3 if queries else 1
+    found = match(*inputs, groups=groups)
+    assert found.tolist() == [[-1] * sum(counts) * groups] * 3
 
 
 def test_errors_name_the_argument() -> None:

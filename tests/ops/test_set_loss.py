@@ -120,6 +120,19 @@ def test_gradients_do_not_underflow_in_float16(kind: str) -> None:
     assert (boxes.grad != 0).any(-1).sum() == (arguments[2] >= 0).sum()
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_classes_that_are_masked_by_minus_infinity_cost_nothing(kind: str, backend: str) -> None:
+    arguments, options = inputs_of(torch.float32, kind)
+    without = arguments[0][..., :-1].contiguous()
+    arguments[0][..., -1] = -torch.inf  # no target has the last label
+    fast = losses_and_gradients(set_loss, arguments, options)
+    expected = losses_and_gradients(set_loss, [without, *arguments[1:]], options)
+    for term in range(3):
+        torch.testing.assert_close(fast[term], expected[term])
+    assert (fast[5][..., -1] == 0).all()
+    torch.testing.assert_close(fast[5][..., :-1], expected[5])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("magnitude", [20.0, 90.0])
 def test_extreme_logits(kind: str, magnitude: float, backend: str) -> None:

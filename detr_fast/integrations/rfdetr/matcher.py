@@ -160,7 +160,8 @@ def pairs_of_layers(
     else:
         extra = torch.cat([_mask_cost(matcher, layer["pred_masks"], packed) for layer in layers])
         found = match_with_cost(computes, predictions, packed, extra, groups)
-    return [pairs_of(row, packed.offsets, groups) for row in found.cpu()]
+    offsets = packed.offsets.cpu()
+    return [pairs_of(row, offsets, groups) for row in found.cpu()]
 
 
 def _stacked(layers: Sequence[Mapping[str, Any]]) -> Predictions:
