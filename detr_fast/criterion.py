@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
@@ -58,7 +59,8 @@ class SetCriterion(nn.Module):
             :func:`detr_fast.ops.set_loss`; None: the matcher's, as for `alpha`, `gamma` and `dialect`.
 
     Raises:
-        ValueError: an unknown loss, wrong number of logits, malformed targets or pairs (with the image).
+        ValueError: an unknown loss, a misspelt name in `weight_dict`, wrong number of logits, malformed targets or
+            pairs (with the image).
         TypeError: a subclass defines one of the original's methods for single losses: there are none to replace here.
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
@@ -90,6 +92,7 @@ class SetCriterion(nn.Module):
         unknown = [name for name in losses if name not in _ENTRIES]
         if unknown:
             raise ValueError(f"SetCriterion: losses must be of {', '.join(_ENTRIES)}, got {unknown[0]!r}")
+        _check_weights(weight_dict, losses)
         self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
         self.eos_coef, self.losses = eos_coef, list(losses)
         inherited: LossKind = getattr(matcher, "kind", "softmax")
@@ -364,6 +367,20 @@ class _Matched(NamedTuple):
         predictions, targets = self.predictions, self.targets
         pairs = (predictions.logits, predictions.boxes, self.query_of_target)
         return (*pairs, targets.labels, targets.boxes, targets.offsets)
+
+
+def _check_weights(weight_dict: Mapping[str, float], losses: Sequence[str]) -> None:
+    """A misspelt name would leave its loss without a weight; names that are like none are the caller's own losses."""
+    known = {
+        name: [entry for entry, _, is_loss in entries if is_loss] + list(_MASK_ENTRIES) * (name == "masks")
+        for name, entries in _ENTRIES.items()
+    }
+    names = [entry for entries in known.values() for entry in entries]
+    missing = [entry for name in losses for entry in known[name] if entry not in weight_dict]
+    for key in weight_dict:
+        near = get_close_matches(key, missing, 1, 0.85)
+        if near and not any(key == name or key.startswith(f"{name}_") for name in names):
+            raise ValueError(f"SetCriterion: weight_dict must have {near[0]!r}, got {key!r}")
 
 
 class _Entries(torch.autograd.Function):

@@ -95,7 +95,7 @@ class HungarianMatcher(nn.Module):
             )
         if isinstance(outputs, Predictions) and isinstance(targets, Targets):
             return self.match_groups(outputs, targets, 1)
-        predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])  # type: ignore[index]
+        predictions = Predictions.of_layer(outputs)  # type: ignore[arg-type]
         check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(targets))
         # Values that are wrong make pairs impossible, so that "raise" finds them anyway.
         num_labels, trust = self.num_labels(predictions.logits.shape[-1]), self._raises(predictions.logits)
@@ -124,7 +124,7 @@ class HungarianMatcher(nn.Module):
         Source: Chen et al., "Group DETR", ICCV 2023.
         """
         queries = predictions.logits.shape[2]
-        if groups < 1 or queries % groups:
+        if isinstance(groups, float) or groups < 1 or queries % groups:
             raise ValueError(f"HungarianMatcher: groups must divide {queries} queries, got {groups}")
         found = self._match(predictions, targets, groups, self._status_on(predictions.logits.device))
         return self._checked(found, predictions, targets)

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Annotations reach beyond their image now and then, but a number like this is one of pixels.
+_LARGEST_BOX = 4.0
+
 
 def offsets_of(counts: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Start of each segment in a flat list, and its end: ``[len(counts) + 1]`` int32."""
@@ -98,11 +101,15 @@ class Predictions:
     masks: Tensor | None = None  # [B, Q, height, width] logits, last layer only
 
     @classmethod
+    def of_layer(cls, outputs: Mapping[str, Any]) -> Predictions:
+        """``pred_logits`` and ``pred_boxes`` of one layer, without a copy."""
+        _check_outputs(outputs)
+        return cls(outputs["pred_logits"][None], outputs["pred_boxes"][None])
+
+    @classmethod
     def from_dict(cls, outputs: Mapping[str, Any]) -> Predictions:
         """The dictionary of facebookresearch/detr: ``pred_logits``, ``pred_boxes`` and, if present, ``aux_outputs``."""
-        for name in ("pred_logits", "pred_boxes"):
-            if name not in outputs:
-                raise ValueError(f"outputs must have 'pred_logits' and 'pred_boxes', got {sorted(map(str, outputs))}")
+        _check_outputs(outputs)
         layers = [*outputs.get("aux_outputs", ()), outputs]
         for index, layer in enumerate(layers):
             for name in ("pred_logits", "pred_boxes"):
@@ -126,10 +133,28 @@ class Predictions:
         return outputs
 
 
+def _check_outputs(outputs: Mapping[str, Any]) -> None:
+    if not isinstance(outputs, Mapping):
+        raise TypeError(f"outputs must be a dictionary, got {type(outputs).__name__}")
+    if "pred_logits" not in outputs or "pred_boxes" not in outputs:
+        raise ValueError(f"outputs must have 'pred_logits' and 'pred_boxes', got {sorted(map(str, outputs))}")
+
+
+def check_listed(targets: Any) -> None:
+    """Raises a TypeError unless `targets` is what code bases pass: a list with a dictionary for each image."""
+    if isinstance(targets, Sequence) and all(isinstance(own, Mapping) for own in targets):
+        return
+    found = type(targets).__name__
+    if isinstance(targets, Sequence) and not isinstance(targets, str):
+        found += f" of {next(type(own).__name__ for own in targets if not isinstance(own, Mapping))}"
+    raise TypeError(f"targets must be a list of dictionaries, one of each image, got {found}")
+
+
 def without_masks(targets: Targets | Sequence[Mapping[str, Tensor]]) -> Targets | Sequence[Mapping[str, Tensor]]:
     """For losses that need none: masks are large, and may have any form then."""
     if isinstance(targets, Targets):
         return targets if targets.masks is None else replace(targets, masks=None)
+    check_listed(targets)
     return [{name: value for name, value in own.items() if name != "masks"} for own in targets]
 
 
@@ -183,7 +208,9 @@ class Targets:
 
         Raises:
             ValueError: an image has malformed labels or boxes; the message names it.
+            TypeError: `targets` is no list of dictionaries.
         """
+        check_listed(targets)
         counts = [_check_shapes(target, index, names) for index, target in enumerate(targets)]
         if counts:
             labels = torch.cat([target["labels"] for target in targets]).to(torch.int64)
@@ -200,18 +227,19 @@ class Targets:
         return replace(packed, offsets=offsets.to(labels.device, non_blocking=True))
 
     def check_values(self, num_classes: int | None = None, names: Sequence[object] | None = None) -> None:
-        """Raises a ValueError if a label is not in ``[0, num_classes)``, or a box not finite or of negative size.
+        """Raises a ValueError that names the image, if a value is none of an annotation. CPU only.
 
-        CPU only. The message names the image.
+        A label must be in ``[0, num_classes)``, a box finite, of a size of at least 0 and not in pixels.
         """
         if torch.compiler.is_compiling():  # which has no NumPy, and no errors that depend on values
             return
         # A glance through NumPy costs a tenth of the operators below. Negative labels are large without their sign.
         labels, boxes = self.labels.numpy().view(np.uint64), self.boxes.detach().numpy()
         known = len(labels) == 0 or labels.max() < (2**63 if num_classes is None else num_classes)
-        if known and np.isfinite(boxes).all() and boxes[:, 2:].min(initial=0) >= 0:
+        is_small = boxes.max(initial=0) <= _LARGEST_BOX and boxes.min(initial=0) >= -_LARGEST_BOX  # not if NaN
+        if known and is_small and boxes[:, 2:].min(initial=0) >= 0:
             return
-        bad_box = ~self.boxes.isfinite().all(1) | (self.boxes[:, 2:] < 0).any(1)
+        bad_box = ~(self.boxes.abs() <= _LARGEST_BOX).all(1) | (self.boxes[:, 2:] < 0).any(1)
         bad_label = self.labels < 0
         if num_classes is not None:
             bad_label |= self.labels >= num_classes
@@ -222,8 +250,8 @@ class Targets:
             limit = "at least 0" if num_classes is None else f"in [0, {num_classes})"
             raise ValueError(f"targets of {where}: label must be {limit}, got {int(self.labels[row])}")
         raise ValueError(
-            f"targets of {where}: box must be (cx, cy, w, h), finite, with w and h at least 0, "
-            f"got {self.boxes[row].tolist()}"
+            f"targets of {where}: box must be (cx, cy, w, h) in fractions of the image's width and height, finite, "
+            f"with w and h at least 0, got {self.boxes[row].tolist()}"
         )
 
     def repeated(self, groups: int) -> Targets:
@@ -235,8 +263,8 @@ class Targets:
         Raises:
             ValueError: `groups` is less than 1.
         """
-        if groups < 1:
-            raise ValueError(f"Targets.repeated: groups must be at least 1, got {groups}")
+        if isinstance(groups, float) or groups < 1:
+            raise ValueError(f"Targets.repeated: groups must be an integer, at least 1, got {groups}")
         one = Targets(self.labels, self.boxes, self.offsets, self.max_count)
         return one if groups == 1 else self.in_groups(groups)[0]
 

@@ -32,8 +32,8 @@ def batch(counts: tuple[int, ...] = (3, 0, 5), seed: int = 0) -> tuple[Predictio
     return Predictions(logits, boxes), targets
 
 
-def criterion_of(losses: list[str] = LOSSES, invalid=None, **options) -> SetCriterion:
-    return SetCriterion(7, HungarianMatcher(1, 5, 2, invalid=invalid), WEIGHTS, 0.1, losses, **options)
+def criterion_of(losses: list[str] = LOSSES, invalid=None, weights=WEIGHTS, **options) -> SetCriterion:
+    return SetCriterion(7, HungarianMatcher(1, 5, 2, invalid=invalid), weights, 0.1, losses, **options)
 
 
 def test_dictionaries_and_structures_give_the_same() -> None:
@@ -64,6 +64,15 @@ def test_weighted_sum_uses_the_weights_that_are_named() -> None:
     torch.testing.assert_close(criterion.weighted_sum(losses), expected)
     with pytest.raises(ValueError, match="weight_dict names none of the losses class_error"):
         criterion.weighted_sum({"class_error": losses["class_error"]})
+
+
+def test_a_misspelt_weight_is_refused_and_a_loss_of_the_callers_is_not() -> None:
+    criterion_of(weights={**WEIGHTS, "loss_mine": 1.0, "loss_ce_7": 1.0, "loss_dice": 1.0})
+    criterion_of(weights={"loss_dice": 1.0, "loss_bbox": 5.0})
+    for right, wrong in (("loss_bbox", "loss_bboxes"), ("loss_giou", "loss_giu"), ("loss_ce", "los_ce")):
+        weights = {wrong if name == right else name: weight for name, weight in WEIGHTS.items()}
+        with pytest.raises(ValueError, match=f"weight_dict must have '{right}', got '{wrong}'"):
+            criterion_of(weights=weights)
 
 
 def gradients_of(total: torch.Tensor, predictions: Predictions) -> tuple[torch.Tensor, ...]:

@@ -260,11 +260,24 @@ def test_a_bad_pair_of_a_group_is_reported_with_its_image() -> None:
         HungarianMatcher(1, 5, 2).match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 2)
 
 
+def test_what_is_no_list_of_dictionaries_is_named() -> None:
+    outputs, targets = batch((1, 2))
+    matcher = HungarianMatcher()
+    for wrong, found in ((targets[0], "dict"), (None, "NoneType"), ([targets[0], [1]], "list of list"), ("ab", "str")):
+        with pytest.raises(TypeError, match=f"targets must be a list of dictionaries, one of each image, got {found}$"):
+            Targets.pack(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="outputs must be a dictionary, got tuple"):
+        matcher((outputs["pred_logits"], outputs["pred_boxes"]), targets)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"outputs must have 'pred_logits' and 'pred_boxes', got \['pred_logits'\]"):
+        matcher({"pred_logits": outputs["pred_logits"]}, targets)
+
+
 def test_groups_must_divide_the_queries() -> None:
     outputs, targets = batch((1, 2), 6)
-    with pytest.raises(ValueError, match="groups must divide 6 queries, got 4"):
-        HungarianMatcher().match_groups(Predictions.from_dict(outputs), Targets.pack(targets), 4)
-    with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
+    for groups in (4, 2.0, 0):
+        with pytest.raises(ValueError, match=f"groups must divide 6 queries, got {groups}"):
+            HungarianMatcher().match_groups(Predictions.from_dict(outputs), Targets.pack(targets), groups)  # type: ignore
+    with pytest.raises(ValueError, match="groups must be an integer, at least 1, got 0"):
         Targets.pack(targets).repeated(0)
 
 

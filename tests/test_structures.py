@@ -168,6 +168,15 @@ def test_boxes_that_are_not_finite_name_their_image() -> None:
         Targets.pack(targets)
 
 
+@pytest.mark.parametrize("box", [[100.0, 50.0, 30.0, 20.0], [0.5, -7.0, 0.1, 0.1], [torch.inf, 0.5, 0.1, 0.1]])
+def test_boxes_in_pixels_name_their_image(box: list[float]) -> None:
+    beyond = {"labels": torch.zeros(1).long(), "boxes": torch.tensor([[1.1, -0.2, 1.6, 0.4]])}  # of a cropped image
+    Targets.pack([beyond], 3)
+    wrong = {"labels": torch.zeros(1).long(), "boxes": torch.tensor([box])}
+    with pytest.raises(ValueError, match=r"image 1 of the batch, target 0: box must be \(cx, cy, w, h\) in fractions"):
+        Targets.pack([beyond, wrong], 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_empty_tensors_of_any_shape_are_no_targets(dtype: torch.dtype) -> None:
     empty = {"labels": torch.tensor([], dtype=dtype), "boxes": torch.tensor([])}

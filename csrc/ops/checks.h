@@ -30,20 +30,31 @@ void check(bool holds, const Parts&... message) {
   throw std::runtime_error(text.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+inline std::string listed(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << '[';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
   text << ']';
   return text.str();
 }
 
-// -1 stands for any size.
+inline std::string shape_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
+  return listed(sizes);
+}
+
+// -1 stands for any size; sizes that are all known are named.
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::vector<int64_t> shape,
                         const char* letters) {
-  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t d = 0; fits && d < shape.size(); ++d) fits = shape[d] < 0 || tensor.size(d) == shape[d];
-  check(fits, op, ": ", name, " must be ", letters, ", got ", shape_of(tensor));
+  bool fits = tensor.dim() == static_cast<int64_t>(shape.size()), known = !shape.empty();
+  for (size_t d = 0; d < shape.size(); ++d) {
+    fits = fits && (shape[d] < 0 || tensor.size(d) == shape[d]);
+    known = known && shape[d] >= 0;
+  }
+  if (fits) return;
+  check(false, op, ": ", name, " must be ", letters, known ? ", here " + listed(shape) : std::string(), ", got ",
+        shape_of(tensor));
 }
 
 inline void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType type, const char* type_name) {

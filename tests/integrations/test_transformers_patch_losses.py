@@ -59,6 +59,13 @@ def computed(kind: str, logits: Tensor, boxes: Tensor, labels: list[dict[str, Te
     return function(logits[-1], labels, torch.device("cpu"), boxes[-1], config_of(kind), logits, boxes)
 
 
+def test_labels_without_a_key_are_named() -> None:
+    labels = labels_of(2, 1)
+    labels[1]["labels"] = labels[1].pop("class_labels")
+    with patch("transformers"), pytest.raises(ValueError, match=r"labels of image 1 .*'class_labels' is missing, got"):
+        computed("ForObjectDetection", *outputs_of("ForObjectDetection"), labels)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_entries_keep_their_gradients(kind: str) -> None:
     gradients = []

@@ -305,13 +305,13 @@ def test_errors_name_the_argument() -> None:
     bad_label[3][0] = 10
     with pytest.raises(RuntimeError, match=r"labels must be in \[0, 10\), got 10 for image 0, target 0"):
         set_loss(*bad_label, **options)
-    with pytest.raises(RuntimeError, match=r"class_weight must be \[C\] as logits, got \[3\]"):
+    with pytest.raises(RuntimeError, match=r"class_weight must be \[C\] as logits, here \[11\], got \[3\]"):
         set_loss(*arguments, class_weight=torch.ones(3))
     with pytest.raises(RuntimeError, match="num_boxes must have no dimensions"):
         set_loss(*arguments[:-1], torch.ones(1), **options)
     with pytest.raises(RuntimeError, match="num_boxes must be float32, got Double"):
         set_loss(*arguments[:-1], torch.ones((), dtype=torch.float64), **options)
-    with pytest.raises(RuntimeError, match=r"loss_weight must be \[L, 5\], got \[5\]"):
+    with pytest.raises(RuntimeError, match=r"loss_weight must be \[L, 5\], here \[3, 5\], got \[5\]"):
         weighted_set_loss(*arguments[:6], torch.ones(5), **options)
     empty = [torch.zeros(2, 0, 5, 4), torch.zeros(2, 0, 5, 4), arguments[2][:2, :0], *(x[:0] for x in arguments[3:5])]
     with pytest.raises(RuntimeError, match="logits must have at least one image and one query"):

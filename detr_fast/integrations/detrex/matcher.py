@@ -86,7 +86,7 @@ class GroupHungarianMatcher(matcher.HungarianMatcher):
         return self._pairs(outputs, targets, group_nums)
 
     def _pairs(self, outputs: Outputs, targets: Sequence[Mapping[str, Tensor]], group_nums: int) -> Pairs:
-        predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])
+        predictions = Predictions.of_layer(outputs)
         images, queries, classes = predictions.logits.shape[1:]
         check_queries("GroupHungarianMatcher", queries, group_nums)
         check_batch_size("GroupHungarianMatcher", images, len(targets))

@@ -85,7 +85,7 @@ class HungarianMatcher(RTDETRMatcher):
     def _structured(
         self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Predictions, Targets]:
-        predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])
+        predictions = Predictions.of_layer(outputs)
         check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(targets))
         packed = Targets.pack(targets, self.num_labels(predictions.logits.shape[-1]))
         return predictions, packed.to(predictions.logits.device)

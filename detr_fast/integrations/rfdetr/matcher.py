@@ -167,7 +167,7 @@ def pairs_of_layers(
 def _stacked(layers: Sequence[Mapping[str, Any]]) -> Predictions:
     """Without a copy of one layer, or of layers that are slices of one tensor."""
     if len(layers) == 1:
-        return Predictions(layers[0]["pred_logits"][None], layers[0]["pred_boxes"][None])
+        return Predictions.of_layer(layers[0])
     parts = [{name: layer[name] for name in ("pred_logits", "pred_boxes")} for layer in layers]
     return Predictions.from_dict({**parts[-1], "aux_outputs": parts[:-1]})
 

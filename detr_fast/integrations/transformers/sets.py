@@ -115,6 +115,9 @@ def pack(
         ValueError: annotations are malformed or, if they are on the CPU, a label is not in ``[0, num_labels)``, a box
             not finite or of negative size; the message names the image.
     """
+    for image, own in enumerate(labels):
+        if "class_labels" not in own:
+            raise ValueError(f"labels of image {image} of the batch: 'class_labels' is missing, got {sorted(own)}")
     names = {"class_labels": "labels", "boxes": "boxes"} | ({"masks": "masks"} if with_masks else {})
     renamed = [{name: own[key] for key, name in names.items() if key in own} for own in labels]
     has_values = not any(isinstance(own.get("class_labels"), FakeTensor) for own in labels)
