@@ -2,7 +2,7 @@
 
 Modules are found in the folder, so that a new file has its page by itself. A line ``<!-- from FILE -->`` in a page
 stands for that file, ``<!-- from FILE, section HEADING -->`` for one section of it; with ``, without heading`` all but
-the first line.
+the first line. What the line says before it ("See ...") is for those who read the page in the repository.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "detr_fast"
 
-_PART = re.compile(r"^<!-- from (\S+?)(?:, section (.+?))?(, without heading)? -->$", re.MULTILINE)
+_PART = re.compile(r"^(?:See .+ )?<!-- from (\S+?)(?:, section (.+?))?(, without heading)? -->$", re.MULTILINE)
 _FENCE = re.compile(r"^(```|~~~)")
 _HEADING = re.compile(r"^(#+) (.*)$")
 _LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)]+)\)")  # to a file, which the site does not have
