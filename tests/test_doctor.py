@@ -356,6 +356,7 @@ def test_a_package_that_fails_itself_is_no_failure(
     text = capsys.readouterr().out
     assert "note    torch, case: not compared, torch itself fails: RuntimeError: no such thing" in text
     assert "second line" not in text
+    assert text.splitlines()[-1] == "all that was tried is well; not compared: 1, see the notes"
 
 
 def test_a_fault_while_it_is_timed_is_named(package: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

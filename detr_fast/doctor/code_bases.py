@@ -75,6 +75,10 @@ class Row:
     milliseconds: tuple[float, float] | None = None  # before, after
     activity: tuple[Activity, Activity] | None = None
 
+    @property
+    def compared(self) -> bool:
+        return not self.ok or self.loss_difference is not None or self.same_pairs is not None
+
 
 @dataclass
 class Package:
