@@ -39,7 +39,7 @@ def doctor(quick: bool = False, json_file: Path | None = None) -> int:
     found |= {"failures": failures, "exit_code": 1 if failures else 0}
     if json_file is not None:
         write_atomically(json_file, json.dumps(_plain(found), indent=1) + "\n")
-    missed = found.get("not_compared", 0)
+    missed = found.get("code_bases", {}).get("not_compared", 0)
     well = f"all that was tried is well; not compared: {missed}, see the notes" if missed else "all is well"
     print(f"FAILED: {'; '.join(failures)}" if failures else well, flush=True)
     return int(found["exit_code"])
@@ -69,8 +69,8 @@ def _examine(found: dict[str, Any], quick: bool) -> list[str]:
         "counted_by": "profiler" if counted else "operators",
         "packages": [_as_json(package) for package in packages],
         "not_installed": code_bases.absent(),
+        "not_compared": sum(not row.compared for package in packages for row in package.rows),
     }
-    found["not_compared"] = sum(not row.compared for package in packages for row in package.rows)
     _say(report.code_bases(packages, code_bases.absent(), str(device), counted, quick))
     return failures + [f"{package.name} {row.case}" for package in packages for row in package.rows if not row.ok]
 
