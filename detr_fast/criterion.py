@@ -196,9 +196,10 @@ class SetCriterion(nn.Module):
         """Both forms of the arguments as structures; their sizes and the values of listed targets are checked."""
         predictions = outputs if isinstance(outputs, Predictions) else Predictions.from_dict(outputs)
         self._check_classes(predictions)
-        check_batch_size("SetCriterion", predictions.logits.shape[1], len(targets))
         targets = targets if "masks" in self.losses else without_masks(targets)
-        return predictions, targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
+        packed = targets if isinstance(targets, Targets) else Targets.pack(targets, self.num_classes)
+        check_batch_size("SetCriterion", predictions.logits.shape[1], len(packed))
+        return predictions, packed
 
     def options(self) -> tuple[Any, ...]:
         """All numbers and names that matching and losses depend on, beside the buffers: what a capture fixes."""

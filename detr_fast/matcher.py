@@ -96,10 +96,10 @@ class HungarianMatcher(nn.Module):
         if isinstance(outputs, Predictions) and isinstance(targets, Targets):
             return self.match_groups(outputs, targets, 1)
         predictions = Predictions.of_layer(outputs)  # type: ignore[arg-type]
-        check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(targets))
         # Values that are wrong make pairs impossible, so that "raise" finds them anyway.
         num_labels, trust = self.num_labels(predictions.logits.shape[-1]), self._raises(predictions.logits)
         packed = Targets.pack(targets, num_labels, check_values=not trust)  # type: ignore[arg-type]
+        check_batch_size("HungarianMatcher", predictions.logits.shape[1], len(packed))
         packed = packed.to(predictions.logits.device)
         return pairs_of(self.match_groups(predictions, packed, 1)[0], packed.offsets)
 

@@ -266,6 +266,8 @@ def test_what_is_no_list_of_dictionaries_is_named() -> None:
     for wrong, found in ((targets[0], "dict"), (None, "NoneType"), ([targets[0], [1]], "list of list"), ("ab", "str")):
         with pytest.raises(TypeError, match=f"targets must be a list of dictionaries, one of each image, got {found}$"):
             Targets.pack(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"one of each image, got {found}$"):
+            matcher(outputs, wrong)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="outputs must be a dictionary, got tuple"):
         matcher((outputs["pred_logits"], outputs["pred_boxes"]), targets)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"outputs must have 'pred_logits' and 'pred_boxes', got \['pred_logits'\]"):
