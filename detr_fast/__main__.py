@@ -7,6 +7,7 @@ data, 128 + the signal's number when a signal ended a training run after it was 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -15,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from detr_fast.engine.config import Config, nearest_setting, read_settings, split_overrides
+from detr_fast.engine.config import Config, flat, read_settings, settings, split_overrides
 from detr_fast.engine.errors import ConfigError, EngineError, Interrupted
+from detr_fast.engine.output import check_file, make_folder
 
 if TYPE_CHECKING:
     from detr_fast.engine.predict import Detector
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides, words = split_overrides(words)
         arguments, unknown = _parser().parse_known_args(words)
         if unknown:
-            raise ConfigError(f"unknown argument {unknown[0]}{nearest_setting(unknown[0])}")
+            raise ConfigError(f"unknown argument {unknown[0]}{arguments.parser.nearest(unknown[0])}")
         return int(arguments.run(arguments, overrides))
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
@@ -56,6 +58,15 @@ class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         return super().format_help() + (self.more() if self.more is not None else "")
 
+    def nearest(self, word: str) -> str:
+        """``; did you mean --X?`` for an option that is none, where one of this command looks like it."""
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        own = {option.lstrip("-"): option for option in self._option_string_actions}
+        close = [own[found] for found in difflib.get_close_matches(name.replace("_", "-"), own, n=1, cutoff=0.6)]
+        if self.more is not None:  # a setting without its section
+            close += [f"--{key}" for key in settings() if key.split(".")[1] == name]
+        return f"; did you mean {close[0]}?" if close and word.startswith("-") else ""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
@@ -75,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(
             name, help=meaning, description=meaning, epilog=example, formatter_class=plain, allow_abbrev=False
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     _add_train(command)
@@ -204,6 +215,8 @@ def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.engine.resume import find_checkpoint, newest_whole, settings_of_run
     from detr_fast.engine.train import train
 
+    if arguments.config and not arguments.config.is_file():
+        raise ConfigError(f"--config must be a file of settings, there is none at {arguments.config}")
     profile = [("train.profile_steps", "10")] if arguments.profile else []
     given = [*profile, *overrides, *([("data.path", _absolute(arguments.path))] if arguments.path else [])]
     output = dict(given).get("train.output", "")
@@ -223,7 +236,7 @@ def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
         # The folder it lies in now; a run that was copied or moved leaves the one it came from alone.
         config = settings_of_run(resume).with_overrides({"train.output": str(resume.parent.absolute())})
     if arguments.config:
-        config = config.with_overrides(_flat(read_settings(arguments.config)))
+        config = config.with_overrides(flat(read_settings(arguments.config)))
     config = config.with_overrides(given)
     if not config.data.path and not config.data.train_annotations:
         raise ConfigError("train needs the folder of a data set: detr-fast train DATA")
@@ -241,30 +254,19 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).absolute())
 
 
-def _flat(sections: Any) -> list[tuple[str, Any]]:
-    """``{"train": {"seed": 1}}`` as ``[("train.seed", 1)]``."""
-    pairs: list[tuple[str, Any]] = []
-    for name, section in sections.items():
-        if not isinstance(section, dict):
-            raise ConfigError(f"a settings file has sections; {name} is none{nearest_setting(name)}")
-        pairs += [(f"{name}.{key}", value) for key, value in section.items()]
-    return pairs
-
-
 def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.engine.distributed import processes
     from detr_fast.engine.evaluate import evaluate
     from detr_fast.engine.loaders import evaluation_dataset
     from detr_fast.files import write_atomically
 
+    check_file("--json", arguments.json)  # known before everything is evaluated
+    check_file("--detections", arguments.detections)
     detector, config = _load(arguments.checkpoint, overrides)
     split = [("data.evaluation_split", arguments.split)] if arguments.split else []
     # Where the training data lay is no property of the model.
     forgotten = [(f"data.{name}_{what}", "") for name in ("train", "evaluation") for what in ("images", "annotations")]
     config = config.with_overrides([*forgotten, ("data.path", arguments.path), *overrides, *split])
-    for file in (arguments.json, arguments.detections):
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
     # Where it was trained is no property of the model either.
     with processes(_device(overrides)) as joined:
         detector.to(joined.device)
@@ -300,13 +302,13 @@ def _device(overrides: Overrides) -> str:
 def _predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.data.faults import DataFault
     from detr_fast.engine.pictures import distinct_names, find_pictures
+    from detr_fast.engine.predict import check_threshold
     from detr_fast.files import write_atomically
 
-    if not 0 <= arguments.threshold <= 1:
-        raise ConfigError(f"--threshold must be in [0, 1], got {arguments.threshold}")
+    check_threshold(arguments.threshold, "--threshold")
     files = find_pictures(arguments.images)
     detector, _ = _load(arguments.checkpoint, overrides)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_folder("--output", arguments.output)
     names = distinct_names(files)
     found: dict[str, Any] = {}
     skipped = 0
@@ -357,6 +359,7 @@ def _check_data(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def _shard(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.data.layouts import find_split, find_splits
+    from detr_fast.data.remote import as_path
     from detr_fast.data.shard_writer import SPLIT_NAME, check_arguments, write_shards
 
     _accept_settings("shard", overrides)
@@ -374,6 +377,8 @@ def _shard(arguments: argparse.Namespace, overrides: Overrides) -> int:
                 f"--split {split or name!r} --name NAME"
             )
         check_arguments(paths, arguments.output, name)
+    if isinstance(destination := as_path(arguments.output), Path):
+        make_folder("OUTPUT", destination)
     for name, paths in named.items():
         written = write_shards(
             paths,
@@ -408,6 +413,7 @@ def _report(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.engine.report import write_report
 
     _accept_settings("report", overrides)
+    check_file("--output", arguments.output)
     path = arguments.output or arguments.folder / "report.html"
     print(write_report(arguments.folder, path, arguments.data))
     return 0
@@ -417,8 +423,7 @@ def _doctor(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from detr_fast.doctor import doctor
 
     _accept_settings("doctor", overrides)
-    if arguments.json is not None and not arguments.json.parent.is_dir():  # known before everything is tried
-        raise ConfigError(f"--json must be in a folder that exists, got {arguments.json}")
+    check_file("--json", arguments.json)  # known before everything is tried
     return doctor(arguments.quick, arguments.json)
 
 

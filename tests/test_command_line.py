@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image
 
 from detr_fast.__main__ import main
 from detr_fast.data.shapes import write_shapes
+from detr_fast.engine import output
 from detr_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 
 SMALLEST = [
@@ -148,7 +150,7 @@ def test_evaluate_takes_the_device_that_is_there(shapes: Path, run: Path, tmp_pa
     state = load_checkpoint(run / "last.pth")
     state["config"]["train"]["device"] = "cpu" if torch.cuda.is_available() else "cuda"
     save_checkpoint(copied / "last.pth", {name: value for name, value in state.items() if name != "format"})
-    numbers = tmp_path / "new" / "folder" / "numbers.json"
+    numbers = tmp_path / "numbers.json"
     assert main(["evaluate", str(copied), str(shapes), "--json", str(numbers)]) == 0
     assert json.loads(numbers.read_text())["images"] == 5
 
@@ -170,11 +172,24 @@ def test_unreadable_images_stop_or_are_skipped(
     [
         (["train", "DATA", "--train.epoch=3"], "no setting is called train.epoch; did you mean train.epochs?"),
         (["train", "DATA", "--epochs=3"], "unknown argument --epochs=3; did you mean --train.epochs?"),
-        (["train", "DATA", "--train.epochs=x"], "train.epochs must be integer, got 'x'"),
+        (["train", "DATA", "--train.epochs=x"], "train.epochs must be an integer, got 'x'"),
         (["train"], "detr-fast train DATA"),
         (["train", "nothing/here", "--model.name=detr_tiny"], "here must be a folder, not found"),
         (["train", "--resume", "nothing/here"], "checkpoint nothing/here does not exist"),
-        (["train", "DATA", "--config", "nothing.json"], "nothing.json"),
+        (["train", "DATA", "--train.device=gpu"], "train.device must be auto|cpu|cuda, got 'gpu'"),
+        (["train", "DATA", "--config", "no.json"], "--config must be a file of settings, there is none at no.json"),
+        (["train", "DATA", "--model.weights=no.pth"], "model.weights: there is no file no.pth"),
+        (["train", "DATA", "--model.weights=notes.txt"], "model.weights: notes.txt cannot be read"),
+        (["train", "DATA", "--model.backbone-weights=no.pth"], "model.backbone_weights: there is no file no.pth"),
+        (["train", "DATA", "--model.name=detr_tiny", "--train.output=notes.txt"], "notes.txt (it is a file); choose"),
+        (["train", "DATA", "--model.name=detr_tiny", "--train.output=notes.txt/x"], "notes.txt/x (Not a directory)"),
+        (["predict", "RUN", "DATA/val", "--output", "notes.txt"], "--output: cannot write to notes.txt (it is a file)"),
+        (["demo", "--output", "notes.txt"], "notes.txt (it is a file); choose another folder"),
+        (["shard", "DATA", "notes.txt"], "OUTPUT: cannot write to notes.txt (it is a file); choose another folder"),
+        (["evaluate", "RUN", "DATA", "--json", "no/x.json"], "--json must be in a folder that exists, got no/x.json"),
+        (["evaluate", "RUN", "DATA", "--detections", "."], "--detections must be a file, . is a folder"),
+        (["doctor", "--json", "no/x.json"], "--json must be in a folder that exists, got no/x.json"),
+        (["report", "RUN", "--output", "no/x.html"], "--output must be in a folder that exists, got no/x.html"),
         (["evaluate", "nothing.pth", "DATA"], "checkpoint nothing.pth does not exist"),
         (["predict", "RUN", "nothing*.jpg"], "no image found: nothing*.jpg"),
         (["predict", "RUN", "DATA/val", "--threshold", "7"], "--threshold must be in [0, 1], got 7.0"),
@@ -204,6 +219,7 @@ def test_an_error_of_the_user_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("no folder, and no weights")
     given = [word.replace("DATA", str(shapes)).replace("RUN", str(run)) for word in command]
     assert main(given) == 2
     printed = capsys.readouterr().err
@@ -211,6 +227,52 @@ def test_an_error_of_the_user_is_one_line(
     assert said in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["predict", "RUN", "DATA", "--thresold=0.5"], "unknown argument --thresold=0.5; did you mean --threshold?"),
+        (["evaluate", "RUN", "DATA", "--thresold", "0.5"], "unknown argument --thresold"),
+        (["evaluate", "RUN", "DATA", "--epochs=5"], "unknown argument --epochs=5"),
+        (["train", "DATA", "--batch-size=5"], "unknown argument --batch-size=5; did you mean --train.batch_size?"),
+        (["demo", "extra"], "unknown argument extra"),
+        (["doctor", "--jsn", "x"], "unknown argument --jsn; did you mean --json?"),
+    ],
+)
+def test_only_what_the_command_knows_and_is_close_is_suggested(
+    command: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"detr-fast: error: {said}\n"
+
+
+def test_a_folder_that_may_not_be_written_is_known_before_the_evaluation(
+    shapes: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**arguments: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
+
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
+    assert main(["evaluate", str(run), str(shapes), "--json", str(tmp_path / "x.json")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.endswith(f"--json: cannot write to {tmp_path} (Permission denied); choose another folder\n")
+    assert main(["train", str(shapes), *SMALLEST, f"--train.output={tmp_path}"]) == 2
+    assert f"train.output: cannot write to {tmp_path} (Permission denied); choose" in capsys.readouterr().err
+
+
+def test_a_run_that_was_not_evaluated_has_no_report(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+    (copied / "evaluation.json").unlink()
+    assert main(["report", str(copied)]) == 2
+    said = (
+        f"{copied} has no evaluation yet: continue it with `detr-fast train --resume {copied}` to the end of an epoch"
+    )
+    assert capsys.readouterr().err == f"detr-fast: error: {said}\n"
 
 
 def test_traceback_shows_where(capsys: pytest.CaptureFixture[str]) -> None:

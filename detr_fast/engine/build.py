@@ -112,7 +112,10 @@ def _check_together(config: Config, processes: Processes) -> None:
 
 def _start_from_files(model: nn.Module, config: Config) -> None:
     if config.model.backbone_weights:
-        load_backbone(model, config.model.backbone_weights)
+        try:
+            load_backbone(model, config.model.backbone_weights)
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"model.backbone_weights: {error}") from error
     if config.model.weights:
         try:
             load_weights(model, config.model.weights, new_classes=config.model.new_classes)
@@ -121,6 +124,8 @@ def _start_from_files(model: nn.Module, config: Config) -> None:
                 f"model.weights: {config.model.weights} tells {error.found} classes apart, the data set has "
                 f"{error.expected}: start with a new class layer, --model.new_classes=true"
             ) from error
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"model.weights: {error}") from error
 
 
 def learns_from_nothing(config: Config, model: nn.Module) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import random
 import shutil
 import zipfile
@@ -16,6 +14,7 @@ import torch
 
 from detr_fast.engine.errors import CheckpointError, ForeignCheckpointError
 from detr_fast.files import replace_file
+from detr_fast.models.checkpoint import read_tensors
 
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"  # in the folder of a run
@@ -78,11 +77,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         _check_sums(path)
-        # Published checkpoints hold the arguments of their training script; they must be told from damaged files.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        state = read_tensors(path)
+    except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ForeignCheckpointError(f"checkpoint {path} was not written by detr_fast: it holds no run to continue")

@@ -203,12 +203,7 @@ class Config:
     def from_dict(cls, sections: Mapping[str, Any]) -> Config:
         """The inverse of :meth:`to_dict`; what is not given keeps its default."""
         config = cls()
-        items = []
-        for name, section in sections.items():
-            if not isinstance(section, Mapping):
-                raise ConfigError(f"{name} must be a section of settings, got {section!r}{_nearest(name)}")
-            items += [(f"{_plain(name)}.{_plain(key)}", value) for key, value in section.items()]
-        for key, value in sorted(items, key=lambda item: item[0] != "model.name"):
+        for key, value in sorted(flat(sections), key=lambda item: item[0] != "model.name"):
             _assign(config, key, value)
         config.check()
         return config
@@ -255,6 +250,31 @@ class Config:
         crop_range = self.data.crop_range
         if crop_range and (len(crop_range) != 2 or crop_range[0] > crop_range[1]):
             raise ConfigError(f"data.crop_range must be smallest,largest, got {as_text(crop_range)!r}")
+
+
+def flat(sections: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """``{"train": {"seed": 1}}`` as ``[("train.seed", 1)]``."""
+    items: list[tuple[str, Any]] = []
+    for name, section in sections.items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{name} must be a section of settings, got {section!r}{_nearest(_plain(name))}")
+        items += [(f"{_plain(name)}.{_plain(key)}", value) for key, value in section.items()]
+    return items
+
+
+def changed_settings(before: Config, after: Config) -> dict[str, tuple[str, str]]:
+    """``{"train.seed": ("42", "3")}`` for every setting whose value is another, as text."""
+    was, now = dict(flat(before.to_dict())), dict(flat(after.to_dict()))
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    return {key: (_shown(was, key), _shown(now, key)) for key in changed}
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    """Options of a model that are not given have no value here."""
+    if key not in values:
+        return "the default"
+    value = values[key]
+    return as_text(tuple(value) if isinstance(value, list) else value) or "empty"
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -348,16 +368,22 @@ def _options_of_model(name: str) -> dict[str, Any]:
 
 
 def _nearest(key: str, options: Iterable[str] = ()) -> str:
-    """``; did you mean X?`` for the valid name closest to the given one, or nothing."""
+    """``; did you mean X?`` for the valid name closest to the given one, or nothing.
+
+    The section is taken for right, if there is one; a name that is cut off or in initials comes before one misspelled.
+    """
     names = [*settings(), *(f"model.{option}" for option in options)]
-    by_last_part = {name.split(".")[-1]: name for name in names}
-    found = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if not found:
-        last = difflib.get_close_matches(key.split(".")[-1], by_last_part, n=1, cutoff=0.5)
-        found = [by_last_part[name] for name in last] or difflib.get_close_matches(key, names, n=1, cutoff=0.3)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
-def nearest_setting(word: str) -> str:
-    """``; did you mean X?`` for an argument that is not understood."""
-    return _nearest(_plain(word.lstrip("-").partition("=")[0])).replace("mean ", "mean --")
+    section, _, word = key.rpartition(".")
+    own = [name for name in names if section and name.startswith(f"{section}.")]
+    if not word or any(name.startswith(f"{key}.") for name in names):
+        return ""
+    for some in (own, names):
+        for name in some:
+            last = name.split(".")[1]
+            if (len(word) > 2 and last.startswith(word)) or "".join(part[0] for part in last.split("_")) == word:
+                return f"; did you mean {name}?"
+    for some in (own, names):
+        of_last = {name.split(".")[1]: name for name in reversed(some)}
+        if found := difflib.get_close_matches(word, of_last, n=1, cutoff=0.6):
+            return f"; did you mean {of_last[found[0]]}?"
+    return ""

@@ -16,6 +16,7 @@ from detr_fast.data.shapes import DESCRIPTION, write_shapes
 from detr_fast.engine.config import Config
 from detr_fast.engine.errors import ConfigError, Interrupted
 from detr_fast.engine.log import duration
+from detr_fast.engine.output import make_folder
 from detr_fast.engine.report import write_report
 from detr_fast.engine.train import train
 
@@ -64,9 +65,7 @@ def _check_ours(output: Path) -> None:
         shapes: isinstance(info, dict) and info.get("description") == DESCRIPTION,
         run: _read(run / "config.json").get("data", {}).get("path") == str(shapes),
     }
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output must be a folder, {output} is a file")
-    if output.exists() and any(output.iterdir()) and not shapes.exists():
+    if any(output.iterdir()) and not shapes.exists():
         raise ConfigError(f"--output: {output} holds something else; choose another folder")
     for folder, ours in is_ours.items():
         if folder.exists() and not ours and not (folder.is_dir() and not any(folder.iterdir())):
@@ -90,8 +89,8 @@ def demo(output: Path, overrides: Iterable[tuple[str, Any]] = ()) -> int:
     started = time.monotonic()
     output = output.absolute()
     run = output / "run"
+    make_folder("--output", output)
     _check_ours(output)
-    output.mkdir(parents=True, exist_ok=True)
     if run.exists():
         shutil.rmtree(run)
     data = _shapes(output / "shapes")

@@ -61,7 +61,10 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(f"device must be one that this machine has, got {name!r}, but PyTorch finds no CUDA device")
+        raise ValueError(
+            f"train.device (in Python device) must be one that this machine has, got {name!r}, but PyTorch finds no "
+            "CUDA device; give cpu or auto"
+        )
     if name not in ("auto", "cuda"):
         return torch.device(name)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -19,7 +19,7 @@ from detr_fast.engine.checkpoint import load_checkpoint
 from detr_fast.engine.config import Config
 from detr_fast.engine.distributed import choose_device
 from detr_fast.engine.draw import draw_boxes
-from detr_fast.engine.errors import CheckpointError, ForeignCheckpointError
+from detr_fast.engine.errors import CheckpointError, ConfigError, ForeignCheckpointError
 from detr_fast.engine.run import BEST, LAST
 from detr_fast.models import build_model
 from detr_fast.models.checkpoint import count_classes, load_weights, read_state
@@ -110,7 +110,7 @@ class Detector:
 
         Raises:
             DataFault: a file cannot be read; the message names it.
-            ValueError: an array or tensor has another shape or type.
+            ValueError: an array or tensor has another shape or type, or another argument is none.
         """
         if isinstance(images, (str, Path, Image.Image)):
             return list(self.predict_each([images], threshold, batch_size))
@@ -123,6 +123,7 @@ class Detector:
         self, images: Sequence[AnyImage], threshold: float = 0.5, batch_size: int = 1
     ) -> Iterator[Detections]:
         """The same for one image after the other, holding no more than ``batch_size`` in memory."""
+        check_threshold(threshold)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         for start in range(0, len(images), batch_size):
@@ -144,6 +145,16 @@ class Detector:
     def _name_of_class(self, label: int) -> tuple[str, int]:
         category = self.categories.ids[label]
         return self.categories.names[label] or f"category {category}", category
+
+
+def check_threshold(threshold: float, name: str = "threshold") -> None:
+    """Scores are probabilities; a larger one would find nothing, and a percentage looks like one.
+
+    Raises:
+        ConfigError: the argument ``name`` is none.
+    """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"{name} must be in [0, 1], got {threshold}")
 
 
 def load_detector(

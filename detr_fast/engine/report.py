@@ -23,6 +23,7 @@ from detr_fast.data.coco import CocoDetection, coco_target
 from detr_fast.data.images import read_image
 from detr_fast.engine.charts import Line, line_chart
 from detr_fast.engine.draw import colour_of_class, draw_boxes
+from detr_fast.engine.errors import EngineError
 from detr_fast.engine.evaluate import NUMBERS
 from detr_fast.engine.loaders import evaluation_dataset
 from detr_fast.engine.predict import Detector, load_detector
@@ -74,9 +75,18 @@ def write_report(
         data: where the data set lies now; by default where it lay in training.
         pictures: images of the evaluation split with predictions.
         looks: images of it with the attention of their most certain queries.
+
+    Raises:
+        EngineError: it was not evaluated, or its checkpoint cannot be used.
     """
     run, path = Path(run), Path(path)
     detector, config = load_detector(run / LAST)
+    if not (run / "evaluation.json").is_file():
+        evaluating = "" if config.evaluate.every else " --evaluate.every=1"
+        raise EngineError(
+            f"{run} has no evaluation yet: continue it with `detr-fast train --resume {run}{evaluating}` to the end of "
+            "an epoch"
+        )
     if data is not None:
         config = config.with_overrides({"data.path": str(data)})
     dataset = evaluation_dataset(config.data, detector.categories)

@@ -25,7 +25,7 @@ from detr_fast.engine.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from detr_fast.engine.config import Config
+from detr_fast.engine.config import Config, changed_settings
 from detr_fast.engine.distributed import Processes
 from detr_fast.engine.errors import CheckpointError
 from detr_fast.engine.graphed import GraphedSteps
@@ -187,10 +187,7 @@ class Run:
                 f"checkpoint {path} holds weights only and cannot be continued; a new run starts from it with "
                 f"--model.weights={path}"
             )
-        if Categories.from_dict(state["categories"]) != self.categories:
-            raise CheckpointError(
-                f"checkpoint {path} was trained on other categories than those of {self.config.data.path}"
-            )
+        self._check_order(state, path)
         place = dict(state["place"])
         place.pop("batch", None)  # of format 1
         self.place = Place(**place)
@@ -201,8 +198,8 @@ class Run:
             self._restore_optimizer(state["optimizer"], path)
             self.loader.sampler.load_state_dict(state["sampler"])
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"checkpoint {path} does not fit these settings: {reason[:500]}") from error
+            reason = self._changed(state, "model.") or " ".join(str(error).split())[:500]
+            raise _misfit(path, reason) from error
         self.place.images = self.loader.sampler.start_image
         # Of another number of processes each takes up the sums of one, and the rest starts anew.
         self.sums.load_state_dict(_merged(state["sums"], self.processes))
@@ -215,6 +212,24 @@ class Run:
             set_random_state(states[self.processes.rank])
         self.last_good = path.absolute()
 
+    def _check_order(self, state: dict[str, Any], path: Path) -> None:
+        """A place in an epoch is one of the same images in the same order."""
+        sampler, saved = self.loader.sampler, state["sampler"]
+        if saved["seed"] != sampler.seed:
+            raise _misfit(path, self._changed(state, "train.seed") or "train.seed is another")
+        data = self._changed(state, "data.path", "data.train_") or "data.path"
+        if Categories.from_dict(state["categories"]) != self.categories:
+            raise _misfit(path, f"{data}: it was trained on other categories than the data set has")
+        if saved["length"] != sampler.length:
+            counts = f"{saved['length']} images, the data set has {sampler.length}"
+            raise _misfit(path, f"{data}: it was trained on {counts}")
+
+    def _changed(self, state: dict[str, Any], *starts: str) -> str:
+        """Settings with such names whose values are others than those that were saved, with both."""
+        changed = changed_settings(Config.from_dict(state["config"]), self.config)
+        found = [f"{key} was {was} when it was saved, is {now} now" for key, (was, now) in changed.items()]
+        return ", ".join(text for text in found if text.startswith(starts))
+
     def _restore_optimizer(self, state: dict[str, Any], path: Path) -> None:
         """Whether it was sharded then or is now, over however many processes."""
         if "shards" in state:
@@ -225,6 +240,13 @@ class Run:
             part_of_whole(self.optimizer, state)
         else:
             load_optimizer(self.optimizer, state)
+
+
+def _misfit(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path} does not fit these settings: {reason}; continue it with what it was saved with, or start a "
+        "new run"
+    )
 
 
 def _merged(sums: list[dict[str, Any]], processes: Processes) -> dict[str, Any]:

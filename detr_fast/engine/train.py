@@ -17,13 +17,14 @@ from tqdm import tqdm
 from detr_fast.data.batch import Batch
 from detr_fast.engine.build import build_run, learns_from_nothing
 from detr_fast.engine.checkpoint import LAST
-from detr_fast.engine.config import Config
+from detr_fast.engine.config import Config, changed_settings
 from detr_fast.engine.distributed import SharedFlag, caught_signals, processes
 from detr_fast.engine.errors import Interrupted, TrainingError
 from detr_fast.engine.evaluate import Evaluation, evaluate
 from detr_fast.engine.loaders import naming_faults
 from detr_fast.engine.log import duration
 from detr_fast.engine.optimizer import learning_rate_factor, set_learning_rates
+from detr_fast.engine.output import make_folder
 from detr_fast.engine.profile import Profile
 from detr_fast.engine.rates import Rates, rates_text
 from detr_fast.engine.resume import choose_folder, find_checkpoint, load_to_continue
@@ -60,13 +61,15 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
         if state is not None and path is not None:
             run.restore(state, path)
         if joined.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder("train.output", folder)
             remove_parts(folder)
         # Also of a new run: one that died before its first checkpoint may have left lines behind.
         run.log.rewind(run.place.step, run.place.epoch)
         if joined.is_main:
             write_atomically(folder / "config.json", _json(config.to_dict()))
         _introduce(run, path)
+        if state is not None:
+            _say_changes(run, Config.from_dict(state["config"]))
         try:
             with caught_signals(SharedFlag(joined)) as stop, Profile(run, profile_steps) as profile:
                 _epochs(run, stop, profile)
@@ -106,6 +109,13 @@ def _introduce(run: Run, resumed: Path | None) -> None:
         )
     if run.place.epoch >= config.train.epochs:
         say(f"done       all {config.train.epochs} epochs are trained; more with --train.epochs=N")
+
+
+def _say_changes(run: Run, saved: Config) -> None:
+    """Says which settings are others than those that the checkpoint was trained with."""
+    for key, (before, now) in changed_settings(saved, run.config).items():
+        if key not in ("train.output", "train.profile_steps"):  # of each start
+            run.log.say(f"changed    {key} {before} -> {now}")
 
 
 def _epochs(run: Run, stop: SharedFlag, profile: Profile) -> None:

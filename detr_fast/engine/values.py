@@ -78,10 +78,10 @@ def name_of_type(kind: Any) -> str:
     if origin is Literal:
         return "|".join(arguments)
     if origin in (tuple, list):
-        return f"{name_of_type(arguments[0])}s separated by commas"
+        return f"{name_of_type(arguments[0]).split()[-1]}s separated by commas"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(name_of_type(argument) for argument in arguments)
-    names = {int: "integer", float: "number", bool: "true|false", str: "text", type(None): "none"}
+    names = {int: "an integer", float: "a number", bool: "true|false", str: "text", type(None): "none"}
     return names.get(kind, str(kind))
 
 

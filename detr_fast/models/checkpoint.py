@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-# What reading a file of tensors raises if it is cut off, empty or none.
-DAMAGE = (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 # Names of transformers' DETR (4.x and 5.x) and of its ResNet, rewritten in this order into the published ones.
 _HUGGING_FACE = tuple(
@@ -122,7 +120,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(f"there is no file {path}")
     content = _read_file(path)
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -134,14 +132,49 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # The published training script stores its arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (*DAMAGE, SafetensorError) as error:
+        return load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
+    except (ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from error
+
+
+def read_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, text, lists and dictionaries, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged or another; the message is the reason alone.
+    """
+    try:
+        # The published training script stores its arguments beside the weights.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # and asks to file an issue
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the bytes of another file are a program to PyTorch's reader, which fails anyhow
+        raise ValueError(_reason(path, error)) from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be read. PyTorch says how to run the code in it, or where its reader stopped."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        return "it is empty"
+    if start == b"PK" and not zipfile.is_zipfile(path):
+        return "it is cut off"
+    if start == b"PK":
+        with zipfile.ZipFile(path) as archive:
+            is_saved = any(name.endswith("data.pkl") for name in archive.namelist())
+        holds_objects = isinstance(error, pickle.UnpicklingError)
+    else:
+        is_saved = start == b"\x80\2"  # the format of PyTorch 1.5 and before
+        holds_objects = "GLOBAL" in str(error)
+    if is_saved and holds_objects:
+        return "it holds Python objects, which could run code; only tensors, numbers, text and lists of them are read"
+    if is_saved and isinstance(error, RuntimeError):
+        return str(error).strip().splitlines()[0]
+    return "it is not a file that torch.save has written"
 
 
 def _describe(content: object) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import pickle
 import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -139,8 +142,43 @@ def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
 def test_code_in_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({"format": 1, "model": Path("x")}, path)
-    with pytest.raises(CheckpointError, match=r"a\.pth is damaged or not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged or not a checkpoint: it holds Python objects"):
         load_checkpoint(path)
+
+
+def archive_of_notes() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes.txt", "some notes")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"PK\3\4 half of an archive", "it is cut off"),
+        (archive_of_notes(), "it is not a file that torch.save has written"),
+        (b"some notes", "it is not a file that torch.save has written"),
+        (b"\xff\xd8\xff\xe0 a photo", "it is not a file that torch.save has written"),
+        (pickle.dumps({"model": 1}), "it is not a file that torch.save has written"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_is_none_is_told_without_advice_to_run_it(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert str(caught.value) == f"checkpoint {path} is damaged or not a checkpoint: {reason}"
+
+
+def test_no_first_byte_is_more_than_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    for byte in range(256):
+        path.write_bytes(bytes([byte]) + b"0 and more that is no checkpoint\n.")
+        with pytest.raises(CheckpointError, match="not a checkpoint: it is"):
+            load_checkpoint(path)
 
 
 def test_the_file_of_another_program_is_told_apart(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from detr_fast.engine.config import Config, settings, split_overrides
+from detr_fast.engine.config import Config, changed_settings, settings, split_overrides
 from detr_fast.engine.describe import describe_models, describe_settings
 from detr_fast.engine.errors import ConfigError
 from detr_fast.models import MODELS
@@ -49,8 +49,12 @@ def test_options_of_the_model_follow_its_name_whatever_the_order() -> None:
     [
         ("train.epoch", 3, "no setting is called train.epoch; did you mean train.epochs?"),
         ("learning_rate", 3, "did you mean optimizer.learning_rate?"),
-        ("train.epochs", "many", "train.epochs must be integer, got 'many'"),
-        ("train.epochs", 2.5, "train.epochs must be integer, got 2.5"),
+        ("optimizer.lr", 1, "no setting is called optimizer.lr; did you mean optimizer.learning_rate?"),
+        ("train.lr", 1, "did you mean optimizer.learning_rate?"),
+        ("train.batch", 1, "did you mean train.batch_size?"),
+        ("mdoel.name", 1, "did you mean model.name?"),
+        ("train.epochs", "many", "train.epochs must be an integer, got 'many'"),
+        ("train.epochs", 2.5, "train.epochs must be an integer, got 2.5"),
         ("train.epochs", 0, "train.epochs must be at least 1, got 0"),
         ("loss.eos_coef", 0, "loss.eos_coef must be above 0, got 0.0: in a batch without objects nothing else weighs"),
         ("train.device", "gpu", "train.device must be auto|cpu|cuda, got 'gpu'"),
@@ -58,22 +62,39 @@ def test_options_of_the_model_follow_its_name_whatever_the_order() -> None:
         ("data.crop", "maybe", "data.crop must be true|false, got 'maybe'"),
         ("data.scales", "1,x", "data.scales must be integers separated by commas, got '1,x'"),
         ("data.crop_range", "5,3", "data.crop_range must be smallest,largest"),
-        ("optimizer.learning_rate", "nan", "optimizer.learning_rate must be number"),
-        ("optimizer.learning_rate", "inf", "optimizer.learning_rate must be number"),
-        ("model.dropout", float("inf"), "model.dropout must be number"),
+        ("optimizer.learning_rate", "nan", "optimizer.learning_rate must be a number"),
+        ("optimizer.learning_rate", "inf", "optimizer.learning_rate must be a number"),
+        ("model.dropout", float("inf"), "model.dropout must be a number"),
         ("loss.giou", -1, "loss.giou must be at least 0, got -1"),
         ("matcher.cost_class", -0.5, "matcher.cost_class must be at least 0, got -0.5"),
         ("train.seed", -1, "train.seed must be at least 0, got -1"),
         ("model.num_queries", 0, "model.num_queries must be at least 1, got 0"),
         ("model.name", "detr_tinny", "did you mean detr_tiny?"),
         ("model.num_querys", 3, "did you mean model.num_queries?"),
-        ("model.dropout", "much", "model.dropout must be number, got 'much'"),
+        ("model.dropout", "much", "model.dropout must be a number, got 'much'"),
     ],
 )
 def test_a_bad_key_or_value_is_refused_with_what_is_valid(key: str, value: object, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config().with_overrides({key: value})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["optimizer.zzz", "extra", "train"])
+def test_nothing_is_suggested_where_nothing_is_close(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config().with_overrides({key: 1})
+    assert str(caught.value) == f"no setting is called {key}"
+
+
+def test_changed_settings_are_named_with_both_values() -> None:
+    before = Config().with_overrides({"model.name": "detr_tiny", "model.num_queries": 7})
+    after = before.with_overrides({"data.scales": "64,96", "optimizer.learning_rate": 0.5, "data.path": "x"})
+    found = changed_settings(before, after)
+    assert found.pop("data.scales")[1] == "64,96"
+    assert found == {"optimizer.learning_rate": ("0.0001", "0.5"), "data.path": ("empty", "x")}
+    other = Config().with_overrides({"model.name": "detr_tiny"})
+    assert changed_settings(before, other) == {"model.num_queries": ("7", "the default")}
 
 
 def test_a_key_without_value_is_refused() -> None:

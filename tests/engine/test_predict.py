@@ -58,9 +58,15 @@ def test_the_threshold_and_the_order(detector: Detector, files: list[Path]) -> N
     some = detector.predict(files[0], threshold=scores[2])[0]
     assert some.scores.tolist() == scores[: len(some)]
     assert len(some) == sum(score >= scores[2] for score in scores)
-    nothing = detector.predict(files[0], threshold=1.1)[0]
+    nothing = detector.predict(files[0], threshold=1.0)[0]
     assert (len(nothing), nothing.to_dict()["objects"]) == (0, [])
     assert np.array_equal(np.asarray(nothing.draw(files[0])), np.asarray(Image.open(files[0]).convert("RGB")))
+
+
+@pytest.mark.parametrize("threshold", [7, -0.1, float("nan")])
+def test_a_threshold_that_is_no_score_is_refused(detector: Detector, files: list[Path], threshold: float) -> None:
+    with pytest.raises(ConfigError, match=rf"threshold must be in \[0, 1\], got {threshold}"):
+        detector.predict(files[0], threshold=threshold)
 
 
 def test_what_is_found_can_be_written_as_json(detector: Detector, files: list[Path]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
 from detr_fast.engine.config import Config
+from detr_fast.engine.errors import EngineError
 from detr_fast.engine.loaders import evaluation_dataset
 from detr_fast.engine.report import _choose, overlay, write_report
+from detr_fast.engine.train import train
 
 
 class Reader(HTMLParser):
@@ -34,6 +38,14 @@ def test_a_report_holds_everything(straight: Path, tmp_path: Path) -> None:
     assert not {"script", "link", "iframe"} & set(reader.tags)
     assert "average precision at IoU 0.50" in text
     assert "rectangle" in text
+
+
+def test_a_run_that_never_evaluates_is_told_to(settings: Callable[..., Config], tmp_path: Path) -> None:
+    folder = train(settings("run", {"train.epochs": 1, "evaluate.every": 0}))
+    with pytest.raises(
+        EngineError, match=r"run has no evaluation yet: .* --resume .*run --evaluate\.every=1` to the end"
+    ):
+        write_report(folder, tmp_path / "report.html")
 
 
 def test_pictures_are_spread_over_a_small_split(shapes: Path) -> None:

@@ -396,8 +396,25 @@ def test_weights_alone_cannot_be_continued(straight: Path, settings: Settings) -
 
 
 def test_another_model_cannot_be_continued(straight: Path, settings: Settings) -> None:
-    with pytest.raises(CheckpointError, match="does not fit these settings"):
+    said = r"does not fit these settings: model\.num_queries was 8 when it was saved, is 9 now; continue it with what"
+    with pytest.raises(CheckpointError, match=said):
         train(settings("other", {"model.num_queries": 9}), resume=straight)
+
+
+def test_another_order_or_data_set_cannot_be_continued(straight: Path, shapes: Path, settings: Settings) -> None:
+    with pytest.raises(CheckpointError, match=r"settings: train\.seed was 42 when it was saved, is 3 now; continue"):
+        train(settings("other", {"train.seed": 3}), resume=straight)
+    said = r"data\.train_split was train when it was saved, is val now: it was trained on 8 images, the data set has 5;"
+    with pytest.raises(CheckpointError, match=said):
+        train(settings("other", {"data.train_split": "val"}), resume=straight)
+
+
+def test_changed_settings_are_said(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(settings("run", {"train.epochs": 1}))
+    assert "changed " not in capsys.readouterr().out
+    train(settings("run", {"optimizer.learning_rate": 0.5}), resume=folder)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
+    assert said == ["changed    optimizer.learning_rate 0.0001 -> 0.5", "changed    train.epochs 1 -> 2"]
 
 
 def test_a_run_starts_from_weights(straight: Path, settings: Settings) -> None:

@@ -135,14 +135,17 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold a state dict.*found a dictionary with epoch, best"):
         load_weights(tiny(1), path)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read as a file of tensors: it is not a file that torch\.save has"):
         load_weights(tiny(1), path)
 
 
-def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("archive", [True, False])
+def test_code_in_a_file_is_not_run(tmp_path: Path, archive: bool) -> None:
     path = tmp_path / "weights.pth"
-    torch.save({"model": Trap()}, path)
-    with pytest.raises(ValueError, match="cannot be read as a file of tensors"):
+    torch.save({"model": Trap()}, path, _use_new_zipfile_serialization=archive)
+    with pytest.raises(
+        ValueError, match="cannot be read as a file of tensors: it holds Python objects, which could run"
+    ):
         load_weights(tiny(1), path)
     assert not Trap.sprung
 
