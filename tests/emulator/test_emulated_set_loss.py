@@ -42,7 +42,8 @@ def run(library: str, arguments: list) -> list[Tensor]:
     ("kind", "dtype"),
     # The kinds differ in arithmetic only, which does not know what type it was read from.
     [
-        *(("softmax", dtype) for dtype in TYPES),
+        *(pytest.param("softmax", dtype, marks=pytest.mark.slow) for dtype in TYPES[1:]),
+        ("softmax", TYPES[0]),
         *((kind, torch.float32) for kind in KINDS[1:]),
     ],
 )

@@ -134,7 +134,7 @@ def test_output_sums_and_gradients_are_the_definition(
 
 @pytest.mark.parametrize("mask", ["boolean", "additive"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["plain", "dropout"])
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_masks(mask: str, dropout: float, splits: int) -> None:
     problem = Problem.of(RAGGED, dropout=dropout, mask=mask)
     computed = problem.computed(splits=splits)
@@ -154,7 +154,7 @@ def test_numbers_that_forbid(fill: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("splits", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_keys_in_parts(splits: int, dtype: torch.dtype) -> None:
     """More parts than an image has blocks of keys among them."""
     problem = Problem.of(RAGGED, dtype, dropout=0.2)
