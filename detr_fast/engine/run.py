@@ -227,8 +227,8 @@ class Run:
     def _changed(self, state: dict[str, Any], *starts: str) -> str:
         """Settings with such names whose values are others than those that were saved, with both."""
         changed = changed_settings(Config.from_dict(state["config"]), self.config)
-        found = [f"{key} was {was} when it was saved, is {now} now" for key, (was, now) in changed.items()]
-        return ", ".join(text for text in found if text.startswith(starts))
+        concerned = {key: values for key, values in changed.items() if key.startswith(starts)}
+        return ", ".join(f"{key} was {was} when it was saved, is {now} now" for key, (was, now) in concerned.items())
 
     def _restore_optimizer(self, state: dict[str, Any], path: Path) -> None:
         """Whether it was sharded then or is now, over however many processes."""

@@ -113,7 +113,7 @@ def pack(
 
     Raises:
         ValueError: annotations are malformed or, if they are on the CPU, a label is not in ``[0, num_labels)``, a box
-            not finite or of negative size; the message names the image.
+            not finite, of negative size or in pixels; the message names the image.
     """
     for image, own in enumerate(labels):
         if "class_labels" not in own:
